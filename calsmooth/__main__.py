@@ -1,0 +1,3 @@
+from calsmooth.cli.app import main
+
+main()

@@ -1,0 +1,1 @@
+"""`calsmooth entropy-bound`."""

@@ -1,0 +1,112 @@
+"""Turns a configuration class into a Typer command, so that fields, flags, YAML keys and --help can't drift apart."""
+
+import inspect
+import json as json_module
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from calsmooth import console
+from calsmooth.config import Settings, field_type, load
+
+C = TypeVar("C", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command's result goes: tables for people, or with --json one JSON value alone on standard output."""
+
+    json: bool
+
+    def show(self, *renderables: Any, result: Mapping[str, Any]) -> None:
+        if self.json:
+            print(json_module.dumps(result, indent=2, allow_nan=False, ensure_ascii=False))
+        else:
+            console.say(*renderables)
+
+
+def settings_command(
+    app: typer.Typer, config_class: type[C], name: str | None = None
+) -> Callable[[Callable[[C, Output], None]], Callable[[C, Output], None]]:
+    """Register `function(config, output)` as a command whose flags are `config_class`'s fields.
+
+    Adds --config (YAML; flags win), --json, --quiet and --debug, which every command has.
+    """
+
+    def register(function: Callable[[C, Output], None]) -> Callable[[C, Output], None]:
+        def command(**given: Any) -> None:
+            json, quiet = given.pop("json"), given.pop("quiet")
+            given.pop("debug")  # read by `main`, which decides what an error looks like
+            file = given.pop("config")
+            console.configure(json=json, quiet=quiet)
+            flags = {key: _from_flag(config_class, key, value) for key, value in given.items()}
+            function(load(config_class, flags, file), Output(json=json))
+
+        parameters = [_parameter(config_class, f) for f in fields(config_class)] + _common_parameters()
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__doc__ = function.__doc__
+        app.command(name or function.__name__.replace("_", "-"))(command)
+        return function
+
+    return register
+
+
+def _from_flag(config_class: type[Settings], name: str, value: Any) -> Any:
+    element, is_tuple, _ = field_type(config_class, name)
+    if not is_tuple or value is None:
+        return value
+    # A repeated flag or a comma-separated list: --task mmlu --task demo, --vocab 32000,64000.
+    items = [part.strip() for item in value for part in str(item).split(",") if part.strip()]
+    if not items:
+        return None
+    try:
+        return tuple(element(item) for item in items)
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected {element.__name__} values separated by commas, got {','.join(map(str, value))!r}",
+            param_hint=f"--{name.replace('_', '-')}",
+        ) from None
+
+
+def _parameter(config_class: type[Settings], f: "Field[Any]") -> inspect.Parameter:
+    element, is_tuple, _ = field_type(config_class, f.name)
+    m = f.metadata
+    shown = m["shown_default"] or ("" if f.default is None else _show(f.default))
+    help_text = m["help"] + (f" One of: {', '.join(m['choices'])}." if m["choices"] else "")
+    common: dict[str, Any] = {"help": help_text, "metavar": m["metavar"], "rich_help_panel": m["panel"]}
+    info: Any
+    if m["argument"]:
+        info = typer.Argument(show_default=shown or False, **common)
+    else:
+        dashed = f.name.replace("_", "-")
+        flags = m["flags"] or ((f"--{dashed}/--no-{dashed}",) if element is bool and f.default else (f"--{dashed}",))
+        info = typer.Option(*flags, show_default=shown or False, **common)
+    # Unset flags arrive as None, so that a YAML value can be told from a default.
+    annotation: Any = (list[str] if is_tuple else element) | None
+    return inspect.Parameter(
+        f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, info]
+    )
+
+
+def _show(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _common_parameters() -> list[inspect.Parameter]:
+    panel = "All commands"
+
+    def option(name: str, kind: Any, default: Any, *flags: str, help: str) -> inspect.Parameter:
+        info = typer.Option(*flags, help=help, rich_help_panel=panel, show_default=False)
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+        )
+
+    return [
+        option("config", Path | None, None, "--config", help="YAML file with these options as keys; flags win."),
+        option("json", bool, False, "--json", help="Print the result as JSON alone on standard output."),
+        option("quiet", bool, False, "--quiet", "-q", help="No notices and no progress bars."),
+        option("debug", bool, False, "--debug", help="On an error, show the Python traceback."),
+    ]

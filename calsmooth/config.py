@@ -1,0 +1,204 @@
+"""Configurations: frozen dataclasses whose fields are at once the YAML keys, the command's flags and its --help.
+
+A room declares its options once::
+
+    @dataclass(frozen=True)
+    class EvaluateConfig(Settings):
+        shots: int = setting(5, "Solved examples before each question.", minimum=0)
+
+and `load` builds one from a YAML file and from flags, which win. Everything is validated when the object is made,
+so code that receives a configuration never checks it again.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from calsmooth.errors import UsageError
+
+T = TypeVar("T", bound="Settings")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    shown_default: str | None = None,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+    argument: bool = False,
+    flags: tuple[str, ...] = (),
+    panel: str | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A field of a `Settings` class.
+
+    `minimum` and `maximum` are allowed values, `above` and `below` are not. `shown_default` says in words what None
+    stands for. `argument=True` makes it a positional argument of the command. `flags` replaces the flag that is
+    made from the field's name (`batch_size` -> `--batch-size`). `panel` groups flags in --help.
+    """
+    metadata = {
+        "help": help,
+        "shown_default": shown_default,
+        "choices": choices,
+        "minimum": minimum,
+        "above": above,
+        "maximum": maximum,
+        "below": below,
+        "argument": argument,
+        "flags": flags,
+        "panel": panel,
+        "metavar": metavar,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of every configuration: checks each field's choices and range when the object is made.
+
+    Raises:
+        UsageError: a value is outside its range or choices; the message names the flag, the value and the range.
+    """
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if one is not None:
+                    _check(flag_name(f), one, f.metadata)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values (paths as strings, tuples as lists), ready for YAML or JSON."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def load(cls: type[T], flags: Mapping[str, Any], file: Path | None = None) -> T:
+    """A configuration from a YAML file and flags; a flag that is not None wins over the file, the file over defaults.
+
+    Raises:
+        UsageError: the file is missing or isn't a YAML mapping, a key is unknown (the nearest one is suggested),
+            or a value has the wrong type or range.
+    """
+    values = _read_yaml(cls, file) if file is not None else {}
+    values.update({name: value for name, value in flags.items() if value is not None})
+    return cls(**values)
+
+
+def flag_name(f: "dataclasses.Field[Any]") -> str:
+    """The name by which messages call a field: its flag, or its metavar where it is a positional argument."""
+    if f.metadata.get("argument"):
+        return f.metadata.get("metavar") or f.name.upper()
+    flags = f.metadata.get("flags") or ()
+    return flags[0] if flags else "--" + f.name.replace("_", "-")
+
+
+def field_type(cls: type[Settings], name: str) -> tuple[type, bool, bool]:
+    """(element type, is a tuple of them, may be None) of a field."""
+    annotation = typing.get_type_hints(cls)[name]
+    optional = False
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+        optional = len(inner) < len(typing.get_args(annotation))
+        annotation = inner[0]
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0], True, optional
+    return annotation, False, optional
+
+
+def _read_yaml(cls: type[Settings], file: Path) -> dict[str, Any]:
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--config {file}: can't be read ({error.strerror}); give an existing YAML file") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{file}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"{file}: expected a mapping of options such as 'beta: 0.1', got a {type(content).__name__}")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+            raise UsageError(f"{file}: unknown key '{key}'; {hint}")
+        values[name] = _coerce(cls, name, value, f"{file}: '{key}'")
+    return values
+
+
+def _coerce(cls: type[Settings], name: str, value: Any, where: str) -> Any:
+    element, is_tuple, optional = field_type(cls, name)
+    if value is None:
+        if optional:
+            return None
+        raise UsageError(f"{where} is empty; give a value or leave the key out")
+    if is_tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_coerce_one(element, item, where) for item in items)
+    return _coerce_one(element, value, where)
+
+
+def _coerce_one(element: type, value: Any, where: str) -> Any:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+    wrong = UsageError(f"{where} must be {words.get(element, element.__name__)}, got {value!r}")
+    if element is bool:
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if isinstance(value, bool | list | dict):
+        raise wrong
+    try:
+        # YAML 1.1 reads 2e-5 (no dot) as text, so numbers may arrive as strings.
+        if element is int:
+            number = float(value)
+            if number != int(number):
+                raise wrong
+            return int(number)
+        return element(value)
+    except (TypeError, ValueError, OverflowError):
+        raise wrong from None
+
+
+def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    choices = metadata.get("choices") or ()
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UsageError(f"{name} must be one of {', '.join(choices)}, got '{value}'{hint}")
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    limits = [
+        ("at least", metadata.get("minimum"), lambda limit: value >= limit),
+        ("above", metadata.get("above"), lambda limit: value > limit),
+        ("at most", metadata.get("maximum"), lambda limit: value <= limit),
+        ("below", metadata.get("below"), lambda limit: value < limit),
+    ]
+    if not all(limit is None or holds(limit) for _, limit, holds in limits):
+        expected = " and ".join(f"{word} {limit:g}" for word, limit, _ in limits if limit is not None)
+        raise UsageError(f"{name} must be {expected}, got {value:g}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

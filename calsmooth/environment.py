@@ -1,0 +1,48 @@
+"""What made a result: versions, device, platform. Stored beside every number that someone may want to reproduce."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import calsmooth
+
+_PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "peft")
+
+
+def versions() -> dict[str, str]:
+    """Versions of calsmooth, Python and of those of its dependencies that are installed."""
+    found = {"calsmooth": calsmooth.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_device(device: "str | Any") -> str:
+    """The GPU's name, or the processor's and its number of threads."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{_processor()}, {torch.get_num_threads()} threads"
+    return device.type
+
+
+def environment(device: "str | Any") -> dict[str, Any]:
+    """Versions, device and platform as plain values for JSON."""
+    return {"versions": versions(), "device": describe_device(device), "platform": platform.platform()}
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

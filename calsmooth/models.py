@@ -1,0 +1,129 @@
+"""Models and tokenizers: the built-in one, a local folder, or the Hugging Face hub; each failure in one line."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calsmooth.errors import CalsmoothError, UsageError
+from calsmooth.hub import prepare_hub
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUILT_IN = "demo"
+"""The name of the model that comes with the package (calsmooth.demo)."""
+
+
+def resolve_model(name: str) -> str:
+    """The folder or hub id behind a --model value.
+
+    Raises:
+        UsageError: the value looks like a path but no model folder is there.
+    """
+    if name == BUILT_IN:
+        from calsmooth.demo import MODEL_FOLDER
+
+        return str(MODEL_FOLDER)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"--model {name}: the folder has no config.json; expected a Hugging Face model folder")
+        return str(path)
+    if path.exists():
+        raise UsageError(f"--model {name}: is a file; expected a Hugging Face model folder or a hub id")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "-")):
+        raise UsageError(f"--model {name}: no such folder; give an existing folder or a hub id such as org/name")
+    return name
+
+
+def model_label(name: str) -> str:
+    """A short name for tables and folders: the last part of a path or hub id."""
+    return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name.rsplit("/", 1)[-1]
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model; its padding token is set (to the end-of-sequence token where it has none).
+
+    Raises:
+        UsageError, CalsmoothError: it can't be found, fetched or read.
+    """
+    source = resolve_model(name)
+    from transformers import AutoTokenizer
+
+    tokenizer = _load(AutoTokenizer, "tokenizer", name, source, revision)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: "torch.dtype",
+    device: "torch.device | str" = "cpu",
+    revision: str | None = None,
+    **extra: Any,
+) -> "PreTrainedModel":
+    """A causal language model in evaluation mode.
+
+    Raises:
+        UsageError, CalsmoothError: it can't be found, fetched or read, or isn't a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    source = resolve_model(name)
+    model = _load(AutoModelForCausalLM, "model", name, source, revision, dtype=dtype, **extra)
+    return model.to(device).eval()
+
+
+def pick_device(name: str | None = None) -> "torch.device":
+    """The device asked for, or the first of cuda, mps, cpu that there is.
+
+    Raises:
+        UsageError: the device isn't there.
+    """
+    import torch
+
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: no such device; expected cpu, cuda, cuda:1 or mps") from None
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.type, False):
+        raise UsageError(f"--device {name}: not available here; leave --device out to use {pick_device()}")
+    return device
+
+
+def pick_dtype(name: str | None, device: "torch.device") -> "torch.dtype":
+    """'float32', 'bfloat16' or 'float16' as a torch dtype; by default bfloat16 where the GPU has it, else float32."""
+    import torch
+
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _load(auto_class: Any, what: str, name: str, source: str, revision: str | None, **arguments: Any) -> Any:
+    online = Path(source).is_dir() or prepare_hub()
+    try:
+        return auto_class.from_pretrained(source, revision=revision, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if Path(source).is_dir():
+            raise CalsmoothError(f"--model {name}: the folder's {what} can't be loaded ({_brief(error)})") from error
+        why = _brief(error) if online else "the hub can't be reached and the cache doesn't hold it"
+        raise CalsmoothError(
+            f"--model {name}: no such folder here, and no {what} of that name from the Hugging Face hub: {why}; "
+            f"check the name and the network, or give a local folder"
+        ) from error
+
+
+def _brief(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,66 @@
+"""predictions.jsonl: the file between evaluate and calibrate, one line a question. Stable, documented in the README."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calsmooth.errors import CalsmoothError
+from calsmooth.files import read_jsonl, write_text
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One question's scored choices.
+
+    logprobs: natural-log probability of each choice, as the model gave it: not renormalised over the choices.
+    gold: index of the right choice.
+    """
+
+    task: str
+    subject: str
+    id: str
+    logprobs: tuple[float, ...]
+    gold: int
+
+    def to_line(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False) + "\n"
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """All predictions of a file, validated.
+
+    Raises:
+        CalsmoothError: the file is missing, empty, or a line lacks a field, has fewer than two choices, a
+            log-probability that isn't finite or is above 0, or a gold index outside its choices.
+    """
+    predictions = [_parse(value, f"{path}, line {number}") for number, value in read_jsonl(path)]
+    if not predictions:
+        raise CalsmoothError(f"{path}: holds no predictions; expected one JSON object a line")
+    return predictions
+
+
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> Path:
+    return write_text(path, "".join(p.to_line() for p in predictions))
+
+
+def _parse(value: Any, where: str) -> Prediction:
+    if not isinstance(value, dict):
+        raise CalsmoothError(f"{where}: expected an object, got a {type(value).__name__}")
+    missing = [f.name for f in dataclasses.fields(Prediction) if f.name not in value]
+    if missing:
+        raise CalsmoothError(f"{where}: no field '{missing[0]}'; a prediction has task, subject, id, logprobs and gold")
+    logprobs, gold = value["logprobs"], value["gold"]
+    if not isinstance(logprobs, list) or len(logprobs) < 2 or not all(_is_logprob(x) for x in logprobs):
+        raise CalsmoothError(f"{where}: 'logprobs' must be two or more finite numbers of at most 0, got {logprobs!r}")
+    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(logprobs):
+        raise CalsmoothError(f"{where}: 'gold' must be an index from 0 to {len(logprobs) - 1}, got {gold!r}")
+    return Prediction(str(value["task"]), str(value["subject"]), str(value["id"]), tuple(map(float, logprobs)), gold)
+
+
+def _is_logprob(x: Any) -> bool:
+    # Rounding in the softmax may leave a certain choice a hair above 0.
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x <= 1e-6
