@@ -1,0 +1,31 @@
+"""Fixtures that several rooms' tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports the Hugging Face libraries: no test may depend on a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _external(variable: str, what: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} isn't set: it names a folder of {what} that is not part of the project")
+    if not Path(value).is_dir():
+        pytest.skip(f"{variable}={value}: no such folder")
+    return Path(value)
+
+
+@pytest.fixture(scope="session")
+def external_data() -> Path:
+    """A folder with real data sets (mmlu/, hellaswag/, arc_easy/, alpaca_random_9k/, ...)."""
+    return _external("CALSMOOTH_TEST_DATA", "data sets")
+
+
+@pytest.fixture(scope="session")
+def external_models() -> Path:
+    """A folder with real small models (smollm2-135m-instruct/, gemma-3-270m/)."""
+    return _external("CALSMOOTH_TEST_MODELS", "models")
