@@ -199,7 +199,7 @@ def test_bootstrap_interval_covers_and_clusters_widen_it():
 
 @pytest.mark.parametrize("wrong", [([], []), ([0.5], [1, 0]), ([1.5], [1]), ([-0.1], [1]), ([float("nan")], [1])])
 def test_wrong_input_is_refused(wrong):
-    with pytest.raises(ValueError, match="expected|confidences"):
+    with pytest.raises(ValueError, match=r"expected|confidences"):
         metrics.expected_calibration_error(*wrong)
 
 
@@ -256,7 +256,7 @@ def test_one_class_always_right(k, n, seed):
     assert certain["auroc"] is None
 
 
-@pytest.mark.parametrize("metric", [TOP_METRICS[0], TOP_METRICS[1], TOP_METRICS[2], TOP_METRICS[5]])
+@pytest.mark.parametrize("metric", [TOP_METRICS[0], TOP_METRICS[1], TOP_METRICS[5]])
 def test_calibrated_data_tends_to_zero(metric):
     small, large = (
         np.mean([metric(*metrics.top_choice(*simulate(n, seed=seed))) for seed in range(4)]) for n in (500, 50_000)
