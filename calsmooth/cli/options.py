@@ -21,7 +21,7 @@ class Output:
 
     json: bool
 
-    def show(self, *renderables: Any, result: Mapping[str, Any]) -> None:
+    def show(self, *renderables: Any, result: Mapping[str, Any] | list[Any]) -> None:
         if self.json:
             print(json_module.dumps(result, indent=2, allow_nan=False, ensure_ascii=False))
         else:

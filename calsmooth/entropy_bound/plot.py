@@ -1,0 +1,136 @@
+"""Figure 4: how much of the range of entropies a head can use, against the vocabulary, for several hidden sizes.
+
+Beside it the same quantity over vocabulary and hidden size together, with public models drawn in.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calsmooth.entropy_bound.bound import Array, normalized_entropy_gap, rho_for_probability
+from calsmooth.entropy_bound.families import FAMILIES, family_of
+from calsmooth.plots import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class GapCurves:
+    """Normalised entropy gaps: along a grid of vocabularies for each hidden size, and over both."""
+
+    rho: float
+    vocab: tuple[int, ...]  # the sizes asked for, marked on the curves
+    hidden: tuple[int, ...]
+    grid: Array  # (G,) vocabulary sizes
+    gaps: Array  # (H, G)
+    marks: Array  # (H, len(vocab))
+    map_vocab: Array  # (A,)
+    map_hidden: Array  # (B,)
+    map_gaps: Array  # (B, A)
+
+
+def prepare_gap_curves(vocab: tuple[int, ...], hidden: tuple[int, ...], rho: float) -> GapCurves:
+    """The numbers of Figure 4 around the given sizes."""
+    grid = np.geomspace(max(2.0, min(1_000, *vocab) / 1.3), 1.3 * max(1_000_000, *vocab), 300)
+    map_vocab = np.geomspace(20_000, 400_000, 120)
+    map_hidden = np.geomspace(400, 10_000, 120)
+    column = np.array(hidden, float)[:, None]
+    return GapCurves(
+        rho=rho,
+        vocab=vocab,
+        hidden=hidden,
+        grid=grid,
+        gaps=normalized_entropy_gap(grid, column, rho),
+        marks=normalized_entropy_gap(np.array(vocab, float), column, rho),
+        map_vocab=map_vocab,
+        map_hidden=map_hidden,
+        map_gaps=normalized_entropy_gap(map_vocab, map_hidden[:, None], rho),
+    )
+
+
+def plot_gap_curves(curves: GapCurves) -> "Figure":
+    """Figure 4 on the left, the map of public models on the right."""
+    figure, (left, right) = new_figure(width=13, height=5.2, columns=2)
+    figure.suptitle(
+        rf"Least attainable entropy of a head (Theorem 4.2), $\rho = \sigma_C\,\sigma_h = {curves.rho:g}$",
+        fontsize=13,
+    )
+    _plot_curves(left, curves)
+    _plot_map(right, curves)
+    return figure
+
+
+def _plot_curves(ax: "Axes", curves: GapCurves) -> None:
+    from matplotlib import colormaps
+
+    colors = colormaps["viridis"](np.linspace(0.0, 0.88, len(curves.hidden)))
+    for hidden, gaps, marks, color in zip(curves.hidden, curves.gaps, curves.marks, colors, strict=True):
+        ax.plot(curves.grid, gaps, color=color, label=f"D = {hidden}")
+        ax.plot(curves.vocab, marks, "o", color=color, markersize=4)
+    for vocab in curves.vocab:
+        ax.axvline(vocab, color="0.6", linestyle=":", linewidth=0.9)
+        name = family_of(vocab)
+        ax.annotate(
+            f"{name} {vocab:,}".strip(),
+            (vocab, 1.02),
+            xycoords=("data", "axes fraction"),
+            rotation=35,
+            fontsize=8,
+            color="0.35",
+        )
+    ax.set_xscale("log")
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_xlabel("vocabulary size |V|")
+    ax.set_ylabel(r"normalised entropy gap, $(\log |V| - \mathrm{bound})\;/\;\log |V|$")
+    # Below the axes: wherever it stood inside, some choice of sizes would draw a curve under it.
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=min(5, len(curves.hidden)), frameon=False)
+
+
+def _plot_map(ax: "Axes", curves: GapCurves) -> None:
+    ax.grid(False)
+    image = ax.contourf(
+        curves.map_vocab, curves.map_hidden, curves.map_gaps, levels=np.linspace(0, 1, 21), cmap="viridis"
+    )
+    ax.figure.colorbar(image, ax=ax, label="normalised entropy gap", ticks=np.linspace(0, 1, 6))
+    if curves.rho > 0:
+        # Where a token can reach a probability of 1/2: rho_for_probability falls with sqrt(D), so it solves for D.
+        half = (rho_for_probability(curves.map_vocab, 1, 0.5) / curves.rho) ** 2
+        ax.plot(curves.map_vocab, half, color="white", linestyle="--", linewidth=1.2, scalex=False, scaley=False)
+        inside = (half > curves.map_hidden[0]) & (half < curves.map_hidden[-1])
+        if inside.any():
+            at = np.flatnonzero(inside)[0]
+            ax.annotate(
+                "one token can reach p = 1/2 above this line",
+                (curves.map_vocab[at], half[at]),
+                xytext=(6, -13),
+                textcoords="offset points",
+                color="white",
+                fontsize=8,
+            )
+    for family in FAMILIES:
+        for size, hidden in family.members:
+            ax.plot(family.vocab, hidden, "o", color="white", markeredgecolor="black", markersize=5)
+            to_left = family.name in ("Llama 3", "Gemma 2", "Gemma 3")  # room for Qwen2.5's, and the map's edge
+            ax.annotate(
+                f"{family.name} {size}",
+                (family.vocab, hidden),
+                xytext=(-6 if to_left else 6, -3),
+                textcoords="offset points",
+                ha="right" if to_left else "left",
+                fontsize=7.5,
+                color="black",
+                bbox={"facecolor": "white", "alpha": 0.65, "edgecolor": "none", "pad": 0.8},
+            )
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlim(curves.map_vocab[0], curves.map_vocab[-1])
+    ax.set_ylim(curves.map_hidden[0], curves.map_hidden[-1])
+    ax.set_xticks([25_000, 50_000, 100_000, 200_000, 400_000], ["25k", "50k", "100k", "200k", "400k"])
+    ax.set_yticks([512, 1024, 2048, 4096, 8192], ["512", "1024", "2048", "4096", "8192"])
+    ax.minorticks_off()
+    ax.set_xlabel("vocabulary size |V|")
+    ax.set_ylabel("hidden size D")
+    ax.set_title(rf"public models, if their $\rho$ were {curves.rho:g}", fontsize=10)
