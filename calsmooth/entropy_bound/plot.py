@@ -86,7 +86,15 @@ def _plot_curves(ax: "Axes", curves: GapCurves) -> None:
     ax.set_xlabel("vocabulary size |V|")
     ax.set_ylabel(r"normalised entropy gap, $(\log |V| - \mathrm{bound})\;/\;\log |V|$")
     # Below the axes: wherever it stood inside, some choice of sizes would draw a curve under it.
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=min(5, len(curves.hidden)), frameon=False)
+    ax.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.13),
+        ncols=min(5, len(curves.hidden)),
+        frameon=False,
+        fontsize=9,
+        handlelength=1.2,
+        columnspacing=1.2,
+    )
 
 
 def _plot_map(ax: "Axes", curves: GapCurves) -> None:
@@ -113,7 +121,7 @@ def _plot_map(ax: "Axes", curves: GapCurves) -> None:
     for family in FAMILIES:
         for size, hidden in family.members:
             ax.plot(family.vocab, hidden, "o", color="white", markeredgecolor="black", markersize=5)
-            to_left = family.name in ("Llama 3", "Gemma 2", "Gemma 3")  # room for Qwen2.5's, and the map's edge
+            to_left = family.name not in ("Mistral", "Qwen2.5")  # so that no two labels meet
             ax.annotate(
                 f"{family.name} {size}",
                 (family.vocab, hidden),
