@@ -21,7 +21,7 @@ from torch import Tensor
 
 from calsmooth.loss.problem import Problem
 
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 256 * 2**20
 """Size of one chunk of logits: large enough for the products to run at full speed, small beside a head's gradient."""
 
 WIDEN_BYTES = 64 * 2**20
