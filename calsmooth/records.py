@@ -11,6 +11,8 @@ from typing import Any
 from calsmooth.errors import CalsmoothError
 from calsmooth.files import read_jsonl, write_text
 
+_REQUIRED = ("task", "subject", "id", "logprobs", "gold")
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -18,6 +20,8 @@ class Prediction:
 
     logprobs: natural-log probability of each choice, as the model gave it: not renormalised over the choices.
     gold: index of the right choice.
+    logprobs_per_byte: the same divided by the UTF-8 length of each choice's text, where choices are scored as whole
+        texts (the cloze format) and long ones would otherwise lose.
     """
 
     task: str
@@ -25,9 +29,11 @@ class Prediction:
     id: str
     logprobs: tuple[float, ...]
     gold: int
+    logprobs_per_byte: tuple[float, ...] | None = None
 
     def to_line(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False) + "\n"
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -50,15 +56,26 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> Path:
 def _parse(value: Any, where: str) -> Prediction:
     if not isinstance(value, dict):
         raise CalsmoothError(f"{where}: expected an object, got a {type(value).__name__}")
-    missing = [f.name for f in dataclasses.fields(Prediction) if f.name not in value]
+    missing = [name for name in _REQUIRED if name not in value]
     if missing:
         raise CalsmoothError(f"{where}: no field '{missing[0]}'; a prediction has task, subject, id, logprobs and gold")
-    logprobs, gold = value["logprobs"], value["gold"]
+    logprobs, gold, per_byte = value["logprobs"], value["gold"], value.get("logprobs_per_byte")
     if not isinstance(logprobs, list) or len(logprobs) < 2 or not all(_is_logprob(x) for x in logprobs):
         raise CalsmoothError(f"{where}: 'logprobs' must be two or more finite numbers of at most 0, got {logprobs!r}")
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(logprobs):
         raise CalsmoothError(f"{where}: 'gold' must be an index from 0 to {len(logprobs) - 1}, got {gold!r}")
-    return Prediction(str(value["task"]), str(value["subject"]), str(value["id"]), tuple(map(float, logprobs)), gold)
+    if per_byte is not None and not (
+        isinstance(per_byte, list) and len(per_byte) == len(logprobs) and all(_is_logprob(x) for x in per_byte)
+    ):
+        raise CalsmoothError(f"{where}: 'logprobs_per_byte' must match 'logprobs' in length, got {per_byte!r}")
+    return Prediction(
+        task=str(value["task"]),
+        subject=str(value["subject"]),
+        id=str(value["id"]),
+        logprobs=tuple(map(float, logprobs)),
+        gold=gold,
+        logprobs_per_byte=None if per_byte is None else tuple(map(float, per_byte)),
+    )
 
 
 def _is_logprob(x: Any) -> bool:

@@ -1,0 +1,81 @@
+"""Prompts as token ids: where the context ends and each continuation begins, and what to do when it is too long."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import TYPE_CHECKING
+
+from calsmooth.errors import CalsmoothError
+from calsmooth.evaluate.prompts import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids: `context` holds at least one, and so does each of `continuations`, which follow it directly.
+
+    dropped_shots: solved examples left out so that it fits. truncated: the context's beginning had to go as well.
+    """
+
+    context: list[int]
+    continuations: list[list[int]]
+    dropped_shots: int = 0
+    truncated: bool = False
+
+    def length(self) -> int:
+        """The longest sequence that is run: the last token of a continuation is never fed."""
+        return len(self.context) + max(map(len, self.continuations)) - 1
+
+
+class Encoder:
+    """Turns prompts into requests of at most `max_length` tokens (no limit where it is None)."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        framed = tokenizer("a")["input_ids"]
+        # What the tokenizer puts in front of any text; what it may put behind belongs to the end of a text, not here.
+        self.beginning = next(
+            (framed[:i] for i in range(len(framed)) if framed[i : i + len(bare)] == bare), framed[:0]
+        )
+
+    def __call__(self, prompt: Prompt) -> Request:
+        """The request for a prompt with as many of its solved examples as fit.
+
+        The text is tokenised whole, with each continuation, and split at the longest token prefix that these have in
+        common with the prompt alone: pieces tokenised apart may not be what the model would see.
+
+        Raises:
+            CalsmoothError: a continuation alone is longer than `max_length`.
+        """
+        shots = prompt.shots
+        request = self._encode(prompt, shots)
+        while self.max_length is not None and request.length() > self.max_length and shots > 0:
+            shots -= 1
+            request = self._encode(prompt, shots)
+        excess = 0 if self.max_length is None else max(request.length() - self.max_length, 0)
+        if excess >= len(request.context):
+            raise CalsmoothError(f"--max-length {self.max_length}: too short for the answer {prompt.continuations[0]!r}")
+        return Request(request.context[excess:], request.continuations, prompt.shots - shots, excess > 0)
+
+    def _encode(self, prompt: Prompt, shots: int) -> Request:
+        text = prompt.text(shots)
+        alone, *whole = self.tokenizer(
+            [text, *(text + continuation for continuation in prompt.continuations)], add_special_tokens=False
+        )["input_ids"]
+        split = len(commonprefix([alone, *whole]))
+        context = (self.beginning if prompt.special_tokens else []) + alone[:split]
+        if not context:
+            # Nothing to condition the first token on: a model without a beginning token takes its end token for it.
+            context = [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id]
+        return Request(context, [ids[split:] for ids in whole])
+
+
+def shared_prefix(requests: Sequence[Request]) -> list[int]:
+    """The longest token prefix that all contexts share, leaving each at least one token of its own."""
+    contexts = [request.context for request in requests]
+    shortest = min(map(len, contexts))
+    return list(commonprefix(contexts))[: shortest - 1]

@@ -1,0 +1,152 @@
+"""The scoring engine against the plainest way there is: one sequence at a time through model(input_ids)."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calsmooth.errors import CalsmoothError
+from calsmooth.evaluate import logits as logits_module
+from calsmooth.evaluate.requests import Request, shared_prefix
+from calsmooth.evaluate.scoring import Scorer, cache_sharing
+
+_spec = importlib.util.spec_from_file_location("evaluate_conftest", Path(__file__).with_name("conftest.py"))
+_conftest = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_conftest)
+build_model = _conftest.build_model
+
+
+def one_at_a_time(model, request):
+    """Sum of log-softmax over the continuation, from one full forward a continuation."""
+    values = []
+    for continuation in request.continuations:
+        ids = torch.tensor([request.context + continuation])
+        with torch.no_grad():
+            logprobs = model(input_ids=ids).logits[0].double().log_softmax(dim=-1)
+        start = len(request.context) - 1
+        values.append(sum(float(logprobs[start + j, token]) for j, token in enumerate(continuation)))
+    return values
+
+
+def make_requests(seed=0, prefix=40, letters=False, count=9):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n):
+        return torch.randint(3, 340, (n,), generator=generator).tolist()
+
+    shared = draw(prefix)
+    requests = []
+    for i in range(count):
+        continuations = [[7], [8], [9], [10]] if letters else [draw(1 + (i + k) % 5) for k in range(2 + i % 4)]
+        requests.append(Request(shared + draw(1 + 5 * i), continuations))
+    return requests
+
+
+KINDS = ["llama", "gpt2", "gemma2", "mamba"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("letters", [True, False], ids=["letter", "cloze"])
+def test_reuse_equals_no_reuse_equals_one_at_a_time_in_float64(kind, letters):
+    model = build_model(kind, torch.float64)
+    requests = make_requests(letters=letters)
+    expected = [one_at_a_time(model, request) for request in requests]
+    for scorer in (
+        Scorer(model),
+        Scorer(model, reuse=False),
+        Scorer(model, batch_size=1),
+        Scorer(model, batch_size=4),
+    ):
+        for got, want in zip(scorer.score(requests), expected, strict=True):
+            # Mamba's own forward turns its logits into float32.
+            assert got == pytest.approx(want, abs=1e-5 if kind == "mamba" else 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_float32_differs_by_rounding_only(kind):
+    model = build_model(kind)
+    requests = make_requests()
+    expected = [one_at_a_time(model, request) for request in requests]
+    for scorer in (Scorer(model), Scorer(model, reuse=False), Scorer(model, batch_size=2)):
+        for got, want in zip(scorer.score(requests), expected, strict=True):
+            assert got == pytest.approx(want, abs=2e-4)
+
+
+def test_what_is_shared_and_what_is_not():
+    assert cache_sharing(build_model("llama")).contexts
+    assert cache_sharing(build_model("gpt2")).contexts
+    sliding = cache_sharing(build_model("gemma2"))
+    assert sliding.prefix
+    assert not sliding.contexts
+    recurrent = cache_sharing(build_model("mamba"))
+    assert not recurrent.prefix
+    assert "running state" in recurrent.reason
+
+
+def test_every_token_is_run_once():
+    model = build_model()
+    requests = make_requests(letters=True)
+    scorer, plain = Scorer(model), Scorer(model, reuse=False)
+    scorer.score(requests)
+    plain.score(requests)
+    own = sum(len(r.context) - 40 for r in requests)
+    assert scorer.tokens_run == 40 + own
+    assert plain.tokens_run == sum(len(r.context) for r in requests)
+
+    cloze = make_requests()
+    scorer = Scorer(model)
+    scorer.score(cloze)
+    fed = sum(len(c) - 1 for r in cloze for c in r.continuations)
+    assert scorer.tokens_run == 40 + own + fed
+
+
+def test_logits_in_chunks_are_the_logits(monkeypatch):
+    model = build_model("gemma2", torch.float64)
+    requests = make_requests()
+    whole = Scorer(model).score(requests)
+    monkeypatch.setitem(logits_module.LOGIT_BYTES, "cpu", 4 * 340 * 3)
+    chunked = Scorer(model).score(requests)
+    for got, want in zip(chunked, whole, strict=True):
+        assert got == pytest.approx(want, abs=1e-9)
+
+
+def test_the_head_sees_only_what_is_asked():
+    model = build_model()
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, arguments, output: seen.append(output.shape[1]))
+    requests = make_requests(letters=True)
+    Scorer(model).score(requests)
+    assert seen == [1, len(requests)]  # one position for the prefix, then each context's last
+
+
+def test_progress_counts_every_request_once():
+    for kind in ("llama", "gemma2"):
+        done = []
+        Scorer(build_model(kind), batch_size=2).score(make_requests(), done.append)
+        assert sum(done) == 9
+
+
+def test_a_model_that_gives_nan_is_an_error():
+    model = build_model()
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(CalsmoothError, match="not a number"):
+        Scorer(model).score(make_requests())
+
+
+def test_shared_prefix_leaves_each_context_a_token():
+    requests = [Request([1, 2, 3], [[4], [5]]), Request([1, 2], [[4], [5]])]
+    assert shared_prefix(requests) == [1]
+    assert shared_prefix([Request([1], [[4], [5]]), Request([2], [[4], [5]])]) == []
+
+
+@given(seed=st.integers(0, 10**6), prefix=st.integers(0, 60), count=st.integers(1, 5), size=st.integers(1, 4))
+@settings(max_examples=15, deadline=None)
+def test_any_batch_size_gives_the_same(seed, prefix, count, size):
+    model = build_model("llama", torch.float64, num_hidden_layers=1)
+    requests = make_requests(seed, prefix, count=count)
+    for got, request in zip(Scorer(model, batch_size=size).score(requests), requests, strict=True):
+        assert got == pytest.approx(one_at_a_time(model, request), abs=1e-9)
