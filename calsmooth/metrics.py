@@ -222,6 +222,11 @@ def top_choice(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Array, Arra
     return p.max(axis=1), (p.argmax(axis=1) == k).astype(np.float64)
 
 
+def top_of(logprobs: Sequence[Sequence[float]] | ArrayLike, gold: ArrayLike) -> tuple[Array, Array]:
+    """`top_choice` of predictions as they are stored: not renormalised, in rows that may differ in length."""
+    return top_choice(np.exp(log_softmax(pad_choices(logprobs))), gold)
+
+
 def summarize(
     logprobs: Sequence[Sequence[float]] | ArrayLike,
     gold: ArrayLike,

@@ -1,1 +1,34 @@
 """`calsmooth evaluate`."""
+
+from calsmooth import console
+from calsmooth.cli.app import app
+from calsmooth.cli.options import Output, settings_command
+from calsmooth.evaluate.config import EvaluateConfig
+from calsmooth.models import BUILT_IN
+
+
+@settings_command(app, EvaluateConfig)
+def evaluate(config: EvaluateConfig, output: Output) -> None:
+    """Measure a model's accuracy and calibration: multiple choice, or next-token on held-out responses.
+
+    Without --model and --task: the built-in model on the built-in task. Writes predictions.jsonl, results.json and
+    reliability.png.
+    """
+    announce(config)
+    from rich.text import Text
+
+    from calsmooth.evaluate.report import remarks, results_table
+    from calsmooth.evaluate.run import run
+
+    result = run(config)
+    output.show(results_table(result.results, config.by_subject), result=result.results)
+    for remark in remarks(result.results, config.by_subject):
+        console.say(Text(remark, style="dim"))
+    console.say(f"Wrote {result.folder}/: {', '.join(sorted(p.name for p in result.folder.iterdir()))}")
+
+
+def announce(config: EvaluateConfig) -> None:
+    """The first line: what is evaluated, and whether that is the built-in model or task."""
+    model = "the built-in model" if config.model == BUILT_IN else config.model
+    tasks = ", ".join("the built-in task 'demo'" if name == "demo" else name for name in dict.fromkeys(config.task))
+    console.say(f"Evaluating {model} on {tasks}.")

@@ -1,8 +1,8 @@
 """The model's logits at the positions asked for, and nowhere else.
 
-The model's own forward makes them, so that softcaps, scalings and biases are whatever the model does: a hook in front of
-its head passes on the hidden states of the wanted positions only. Where these are many, the head runs on them a chunk at
-a time, so that no more than `LOGIT_BYTES` of logits exist at once.
+The model's own forward makes them, so that softcaps, scalings and biases are whatever the model does: a hook in front
+of its head passes on the hidden states of the wanted positions only. Where these are many, the head runs on them a
+chunk at a time, so that no more than `LOGIT_BYTES` of logits exist at once.
 """
 
 from collections.abc import Iterator

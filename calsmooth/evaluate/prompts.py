@@ -57,7 +57,7 @@ def cloze_prompt(task: Task, question: Question, examples: Sequence[Question]) -
 
 
 def chat_prompt(tokenizer: Any, question: Question, examples: Sequence[Question]) -> Prompt:
-    """The question is the user's turn and a choice the beginning of the assistant's, as the tokenizer's template has it."""
+    """The question is the user's turn, a choice begins the assistant's, in the tokenizer's own template."""
 
     def turns(k: int) -> list[dict[str, str]]:
         solved = [

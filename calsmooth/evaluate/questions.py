@@ -1,7 +1,6 @@
 """A multiple-choice question, what a task loads, and the reading of rows: every bad row is named by file and line."""
 
 import csv
-import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Question:
-    """`answer` is the index of the right one of `choices`. `subject` groups questions that share their solved examples."""
+    """`answer` is the index of the right choice. Questions of a `subject` share their solved examples."""
 
     id: str
     subject: str
@@ -42,7 +41,7 @@ class Task:
 
     name: str
     format = "letter"
-    """The format that `--format` overrides: letter (the choices are listed) or cloze (each choice is a continuation)."""
+    """What `--format` overrides: letter (the choices are listed) or cloze (each choice is a continuation)."""
     shots = 5
     chat = False
     """Whether the cloze format is a chat turn, through the tokenizer's own template."""
@@ -176,19 +175,22 @@ def hub_rows(task: str, dataset: str, config: str | None, revision: str, split: 
 def sample(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
     """At most `limit` questions, spread evenly over the subjects, in their original order.
 
-    Subjects are dealt one question each in turn until the limit is reached, so that their counts differ by at most one
-    unless a subject runs out; which of its questions a subject gives is a random draw with the seed.
+    Subjects give one question each in turn until the limit is reached, so that their counts differ by at most one
+    unless a subject runs out. The seed draws the order of the subjects and of the questions within each.
     """
     if limit is None or limit >= len(questions):
         return questions
     by_subject: dict[str, list[int]] = defaultdict(list)
     for index, question in enumerate(questions):
         by_subject[question.subject].append(index)
-    for subject, indices in by_subject.items():
-        random.Random(json.dumps([seed, subject])).shuffle(indices)
+    generator = random.Random(seed)
+    hands = list(by_subject.values())
+    generator.shuffle(hands)
+    for indices in hands:
+        generator.shuffle(indices)
     chosen: list[int] = []
     turn = 0
     while len(chosen) < limit:
-        chosen += [indices[turn] for indices in by_subject.values() if turn < len(indices)][: limit - len(chosen)]
+        chosen += [indices[turn] for indices in hands if turn < len(indices)][: limit - len(chosen)]
         turn += 1
     return [questions[i] for i in sorted(chosen)]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from calsmooth.errors import CalsmoothError
@@ -38,9 +37,7 @@ class Encoder:
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
         framed = tokenizer("a")["input_ids"]
         # What the tokenizer puts in front of any text; what it may put behind belongs to the end of a text, not here.
-        self.beginning = next(
-            (framed[:i] for i in range(len(framed)) if framed[i : i + len(bare)] == bare), framed[:0]
-        )
+        self.beginning = next((framed[:i] for i in range(len(framed)) if framed[i : i + len(bare)] == bare), framed[:0])
 
     def __call__(self, prompt: Prompt) -> Request:
         """The request for a prompt with as many of its solved examples as fit.
@@ -58,7 +55,9 @@ class Encoder:
             request = self._encode(prompt, shots)
         excess = 0 if self.max_length is None else max(request.length() - self.max_length, 0)
         if excess >= len(request.context):
-            raise CalsmoothError(f"--max-length {self.max_length}: too short for the answer {prompt.continuations[0]!r}")
+            raise CalsmoothError(
+                f"--max-length {self.max_length}: too short for the answer {prompt.continuations[0]!r}"
+            )
         return Request(request.context[excess:], request.continuations, prompt.shots - shots, excess > 0)
 
     def _encode(self, prompt: Prompt, shots: int) -> Request:
@@ -66,7 +65,7 @@ class Encoder:
         alone, *whole = self.tokenizer(
             [text, *(text + continuation for continuation in prompt.continuations)], add_special_tokens=False
         )["input_ids"]
-        split = len(commonprefix([alone, *whole]))
+        split = len(common_prefix([alone, *whole]))
         context = (self.beginning if prompt.special_tokens else []) + alone[:split]
         if not context:
             # Nothing to condition the first token on: a model without a beginning token takes its end token for it.
@@ -78,4 +77,11 @@ def shared_prefix(requests: Sequence[Request]) -> list[int]:
     """The longest token prefix that all contexts share, leaving each at least one token of its own."""
     contexts = [request.context for request in requests]
     shortest = min(map(len, contexts))
-    return list(commonprefix(contexts))[: shortest - 1]
+    return common_prefix(contexts)[: shortest - 1]
+
+
+def common_prefix(sequences: Sequence[list[int]]) -> list[int]:
+    """The tokens that all sequences begin with."""
+    first, last = min(sequences), max(sequences)  # what these two share, everything in between shares
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length]

@@ -110,9 +110,9 @@ class Scorer:
         skip = len(prefix) if past is not None else 0
         order = sorted(range(len(requests)), key=lambda i: -requests[i].length())
         if self.sharing.contexts:
-            for batch in self._batches(order, lambda i: requests[i].length()):
-                self._score_in_two_steps(batch, requests, skip, past, scores)
-                advance(len(batch))
+            for chosen in self._batches(order, lambda i: requests[i].length()):
+                self._score_in_two_steps(chosen, requests, skip, past, scores)
+                advance(len(chosen))
             return scores
         rows = [row for i in order for row in _whole_rows(i, requests[i], skip)]
         rows.sort(key=lambda row: -len(row.tokens))
@@ -152,9 +152,7 @@ class Scorer:
             yield list(items[start : start + size])
             start += size
 
-    def _run(
-        self, rows: list[_Row], past: _Past | None, scores: list[list[float]], keep: bool = False
-    ) -> _Past | None:
+    def _run(self, rows: list[_Row], past: _Past | None, scores: list[list[float]], keep: bool = False) -> _Past | None:
         """One forward: adds what the rows ask for to `scores`; with `keep` returns the keys and values, extended."""
         device = self.model.device
         width = max(len(row.tokens) for row in rows)
@@ -188,7 +186,9 @@ class Scorer:
             inputs["attention_mask"] = torch.ones_like(mask)
         self._read(rows, inputs, scores)
         self.tokens_run += sum(len(row.tokens) for row in rows)
-        return _Past([(layer.keys, layer.values) for layer in cache.layers], mask, length) if keep and cache is not None else None
+        if not keep or cache is None:
+            return None
+        return _Past([(keys, values) for keys, values, *_ in cache], mask, length)
 
     def _read(self, rows: list[_Row], inputs: dict[str, Any], scores: list[list[float]]) -> None:
         """Run the model and add the log-probabilities that the rows ask for."""

@@ -49,7 +49,9 @@ class HellaSwag(Task):
         if train_path is not None:
             return TaskData(questions, {SUBJECT: self._parse(json_rows(train_path), shots)}, str(folder))
         if len(questions) <= shots:
-            raise CalsmoothError(f"{path}: {len(questions)} rows are too few for {shots} solved examples and a question")
+            raise CalsmoothError(
+                f"{path}: {len(questions)} rows are too few for {shots} solved examples and a question"
+            )
         note = f"no train split in {folder}: the first {shots} validation rows are the solved examples, not scored"
         return TaskData(questions[shots:], {SUBJECT: questions[:shots]}, str(folder), [note] if shots else [])
 

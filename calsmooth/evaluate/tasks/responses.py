@@ -1,8 +1,8 @@
 """Next-token calibration on held-out responses: was the most probable token the one that came, and how sure was it?
 
 Not a list of questions: every response token of a row is one prediction over the whole vocabulary. The rows are what
-`finetune` reads (same formats, same templates, loss on the response only), so that a model is judged on the kind of text
-that it was trained to write.
+`finetune` reads (same formats, same templates, loss on the response only), so that a model is judged on the kind of
+text that it was trained to write.
 """
 
 from typing import TYPE_CHECKING
@@ -19,7 +19,13 @@ NAME = "responses"
 
 
 def load_responses(
-    dataset: str | None, model: str, tokenizer: "PreTrainedTokenizerBase", *, max_length: int, limit: int | None, seed: int
+    dataset: str | None,
+    model: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int,
+    limit: int | None,
+    seed: int,
 ) -> tuple[list["Example"], str]:
     """(tokenised rows, where they came from): `dataset`, or for the built-in model its own held-out file.
 

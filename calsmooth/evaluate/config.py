@@ -1,0 +1,77 @@
+"""What `calsmooth evaluate` can be asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from calsmooth.config import Settings, setting
+from calsmooth.evaluate.tasks import TASK_NAMES
+from calsmooth.models import BUILT_IN
+
+PROMPT, DATA, COMPUTE = "Prompts", "Data", "Computing"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Settings):
+    """One evaluation: a model on one or more tasks."""
+
+    model: str = setting(BUILT_IN, "Model folder or hub id; 'demo' is the built-in one.", flags=("--model", "-m"))
+    task: tuple[str, ...] = setting(
+        ("demo",), "Tasks, separated by commas or repeated.", choices=TASK_NAMES, flags=("--task", "-t")
+    )
+    output: Path | None = setting(
+        None, "Folder for the results: new or empty.", shown_default="runs/evaluate-MODEL", flags=("--output", "-o")
+    )
+    shots: int | None = setting(
+        None, "Solved examples before each question.", shown_default="5; demo: 0", minimum=0, panel=PROMPT
+    )
+    format: str | None = setting(
+        None,
+        "How choices are scored: by their letter, or each as a continuation (cloze).",
+        shown_default="letter; demo: cloze",
+        choices=("letter", "cloze"),
+        panel=PROMPT,
+    )
+    prompt_style: str = setting(
+        "hendrycks",
+        "Wording of letter prompts: the original MMLU script's or lm-evaluation-harness's.",
+        choices=("hendrycks", "lm-eval"),
+        panel=PROMPT,
+    )
+    data_dir: Path | None = setting(
+        None, "Local files of the tasks, or a folder of TASK folders.", shown_default="Hugging Face hub", panel=DATA
+    )
+    dataset: str | None = setting(
+        None,
+        "Held-out instruction data for the task 'responses': a file or hub id, in finetune's formats.",
+        shown_default="the built-in model's own",
+        panel=DATA,
+    )
+    limit: int | None = setting(
+        None,
+        "Score at most so many questions (rows of responses) a task, drawn evenly over its subjects. For trying out.",
+        shown_default="all",
+        minimum=1,
+        panel=DATA,
+    )
+    bins: int = setting(15, "Confidence bins of ECE, MCE, SCE and ACE and of the picture.", minimum=1)
+    by_subject: bool = setting(False, "Show every subject in the table, however many there are.")
+    seed: int = setting(0, "Seed of --limit's draw and of the bootstrap intervals.", minimum=0)
+    batch_size: int | None = setting(
+        None, "Sequences run at once; changes speed and memory only.", shown_default="chosen", minimum=1, panel=COMPUTE
+    )
+    dtype: str | None = setting(
+        None,
+        "Precision of the model.",
+        shown_default="bfloat16 on GPUs that have it, else float32",
+        choices=("float32", "bfloat16", "float16"),
+        panel=COMPUTE,
+    )
+    device: str | None = setting(None, "cpu, cuda, cuda:1, mps.", shown_default="the first GPU", panel=COMPUTE)
+    revision: str | None = setting(None, "Branch, tag or commit of the model on the hub.", panel=COMPUTE)
+    max_length: int | None = setting(
+        None,
+        "Longest sequence in tokens; solved examples are dropped from prompts that are longer.",
+        shown_default="the model's",
+        minimum=2,
+        panel=COMPUTE,
+    )
