@@ -1,0 +1,139 @@
+"""Examples that a model trains on or is measured on: token ids, and labels on the response tokens only."""
+
+import bisect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from calsmooth import console
+from calsmooth.data.formats import Conversation, detect_format, to_conversation
+from calsmooth.data.sources import load_rows
+from calsmooth.data.templates import Rendered, choose_template, render
+from calsmooth.errors import CalsmoothError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""Label of tokens that are read but not learned (torch's ignore_index)."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """input_ids and labels have one length; labels[0] is IGNORED, since nothing comes before the first token."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def target_tokens(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """The examples of a data set and how they came about: rows read, and rows whose response lay past max_length."""
+
+    examples: list[Example]
+    rows: int
+    dropped: int
+    truncated: int
+    format: str
+    template: str
+
+
+def load_examples(
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    format: str | None = None,
+    template: str = "auto",
+    max_length: int,
+    limit: int | None = None,
+    seed: int = 0,
+    split: str | None = None,
+    revision: str | None = None,
+) -> list[Example]:
+    """`load_example_set(...).examples`."""
+    return load_example_set(
+        source,
+        tokenizer,
+        format=format,
+        template=template,
+        max_length=max_length,
+        limit=limit,
+        seed=seed,
+        split=split,
+        revision=revision,
+    ).examples
+
+
+def load_example_set(
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    format: str | None = None,
+    template: str = "auto",
+    max_length: int,
+    limit: int | None = None,
+    seed: int = 0,
+    split: str | None = None,
+    revision: str | None = None,
+) -> ExampleSet:
+    """Read, render and tokenise a data set (see `calsmooth.data.sources.load_rows` for `source`).
+
+    Args:
+        format: a name in `calsmooth.data.formats.FORMATS`; None tells it from the first row's columns.
+        template: 'auto', 'chat' or 'alpaca' (see `calsmooth.data.templates`).
+        max_length: longer examples keep their beginning.
+        limit: a random, seeded choice of so many rows.
+
+    Raises:
+        UsageError, CalsmoothError: the data can't be had, a row is bad, or no response fits max_length.
+    """
+    rows = load_rows(source, split=split, revision=revision, limit=limit, seed=seed)
+    format = format or detect_format(rows[0])
+    template = choose_template(template, tokenizer)
+    examples, truncated = [], 0
+    with console.progress("tokenising", len(rows)) as advance:
+        for row in rows:
+            example = encode(to_conversation(row, format), template, tokenizer)
+            if len(example.input_ids) > max_length:
+                truncated += 1
+                example = Example(example.input_ids[:max_length], example.labels[:max_length])
+            if example.target_tokens:
+                examples.append(example)
+            advance()
+    if not examples:
+        raise CalsmoothError(f"--dataset {source}: no response fits --max-length {max_length}; raise it")
+    return ExampleSet(examples, len(rows), len(rows) - len(examples), truncated, format, template)
+
+
+def encode(conversation: Conversation, template: str, tokenizer: "PreTrainedTokenizerBase") -> Example:
+    """Token ids of the whole conversation, labels on the assistant's tokens (its end-of-turn mark included).
+
+    Raises:
+        UsageError: the tokenizer can't say which characters a token covers.
+        CalsmoothError: the chat template can't be used for this conversation.
+    """
+    if not tokenizer.is_fast:
+        raise UsageError(
+            "this model has only a slow tokenizer, which can't map tokens to text; convert it to a fast one"
+        )
+    rendered = render(conversation, template, tokenizer)
+    encoded = tokenizer(
+        rendered.text, add_special_tokens=rendered.special_tokens, return_offsets_mapping=True, verbose=False
+    )
+    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    labels = [
+        token if _inside(start, end, rendered) else IGNORED for token, (start, end) in zip(ids, offsets, strict=True)
+    ]
+    if labels:
+        labels[0] = IGNORED
+    return Example(ids, labels)
+
+
+def _inside(start: int, end: int, rendered: Rendered) -> bool:
+    if start == end:  # a special token that the tokenizer added
+        return False
+    i = bisect.bisect_right(rendered.spans, start, key=lambda span: span[0]) - 1
+    return i >= 0 and end <= rendered.spans[i][1]

@@ -1,0 +1,121 @@
+"""The shapes in which people keep instruction data, each turned into a `Conversation`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from calsmooth.data.sources import Row
+from calsmooth.errors import CalsmoothError, UsageError
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. `input` is Alpaca's second field, which its own template sets apart."""
+
+    role: str  # system, user or assistant
+    content: str
+    input: str = ""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in order; the assistant's are what a model learns.
+
+    verbatim: the text is already in its final form (prompt/completion data), so that no template may touch it.
+    """
+
+    turns: tuple[Turn, ...]
+    where: str
+    verbatim: bool = False
+
+
+def detect_format(row: Row) -> str:
+    """The name of the format whose columns this row has.
+
+    Raises:
+        CalsmoothError: no format fits; the message names the columns found and the known formats.
+    """
+    for name, (columns, _) in FORMATS.items():
+        if any(set(needed) <= row.columns.keys() for needed in columns):
+            return name
+    known = "; ".join(f"{name}: {' or '.join('+'.join(c) for c in columns)}" for name, (columns, _) in FORMATS.items())
+    found = ", ".join(map(str, row.columns)) or "none"
+    raise CalsmoothError(f"{row.where}: columns {found} fit no known format ({known})")
+
+
+def to_conversation(row: Row, format: str) -> Conversation:
+    """A row of the named format as a conversation that ends with the assistant.
+
+    Raises:
+        UsageError: no such format.
+        CalsmoothError: a column is missing, empty or of the wrong type; the message names the row and the column.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"--format must be one of {', '.join(FORMATS)}, got '{format}'")
+    conversation = FORMATS[format][1](row)
+    if not any(turn.role == "assistant" for turn in conversation.turns):
+        raise CalsmoothError(f"{row.where}: no assistant turn, so nothing to learn")
+    return conversation
+
+
+def _alpaca(row: Row) -> Conversation:
+    user = Turn("user", _text(row, "instruction"), _text(row, "input", required=False))
+    return Conversation((user, Turn("assistant", _text(row, "output"))), row.where)
+
+
+def _prompt_completion(row: Row) -> Conversation:
+    completion = "completion" if "completion" in row.columns else "response"
+    turns = (Turn("user", _text(row, "prompt")), Turn("assistant", _text(row, completion)))
+    return Conversation(turns, row.where, verbatim=True)
+
+
+def _messages(row: Row) -> Conversation:
+    return _turns(row, "messages", "role", "content", {r: r for r in ("system", "user", "assistant")})
+
+
+def _sharegpt(row: Row) -> Conversation:
+    roles = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+    return _turns(row, "conversations", "from", "value", roles)
+
+
+def _turns(row: Row, column: str, role_key: str, content_key: str, roles: dict[str, str]) -> Conversation:
+    messages = row.columns.get(column)
+    if not isinstance(messages, list) or not messages:
+        raise CalsmoothError(f"{row.where}: column '{column}' must be a list of messages, got {_short(messages)}")
+    turns = []
+    for number, message in enumerate(messages, 1):
+        where = f"{row.where}: {column}, message {number}"
+        if not isinstance(message, dict) or role_key not in message or content_key not in message:
+            raise CalsmoothError(f"{where}: expected '{role_key}' and '{content_key}', got {_short(message)}")
+        role, content = message[role_key], message[content_key]
+        if role not in roles:
+            raise CalsmoothError(f"{where}: '{role_key}' must be one of {', '.join(roles)}, got {_short(role)}")
+        if not isinstance(content, str) or (roles[role] == "assistant" and not content.strip()):
+            raise CalsmoothError(f"{where}: '{content_key}' must be text, got {_short(content)}")
+        turns.append(Turn(roles[role], content))
+    return Conversation(tuple(turns), row.where)
+
+
+def _text(row: Row, column: str, required: bool = True) -> str:
+    value = row.columns.get(column)
+    if value is None and not required:
+        return ""
+    if not isinstance(value, str):
+        raise CalsmoothError(f"{row.where}: column '{column}' must be text, got {_short(value)}")
+    if required and not value.strip():
+        raise CalsmoothError(f"{row.where}: column '{column}' is empty")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# name: (alternatives of columns by which it is known, reader). The first that fits is taken.
+FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Row], Conversation]]] = {
+    "messages": ((("messages",),), _messages),
+    "sharegpt": ((("conversations",),), _sharegpt),
+    "alpaca": ((("instruction", "output"),), _alpaca),
+    "prompt": ((("prompt", "completion"), ("prompt", "response")), _prompt_completion),
+}

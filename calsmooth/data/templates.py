@@ -1,0 +1,120 @@
+"""A conversation as text, with the stretches of it that are the assistant's.
+
+Text is rendered whole and tokenised whole; labels follow from character spans. So no token ever spans a seam between
+pieces that were tokenised apart, and training sees the very tokens that inference will.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from calsmooth.data.formats import Conversation
+from calsmooth.errors import CalsmoothError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATES = ("auto", "chat", "alpaca")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """text: the whole conversation. spans: (start, end) of what the model has to say, end-of-turn mark included.
+
+    special_tokens: whether the tokenizer still has to add its own (a chat template writes them itself).
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    special_tokens: bool
+
+
+def choose_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """'chat' or 'alpaca': what `name` means for this tokenizer ('auto' is chat where it has a chat template).
+
+    Raises:
+        UsageError: 'chat' was asked for and the tokenizer has no chat template.
+    """
+    has_chat = bool(getattr(tokenizer, "chat_template", None))
+    if name == "auto":
+        return "chat" if has_chat else "alpaca"
+    if name == "chat" and not has_chat:
+        raise UsageError("--template chat: this model's tokenizer has no chat template; use --template alpaca")
+    return name
+
+
+def render(conversation: Conversation, template: str, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
+    """The conversation under 'chat' or 'alpaca'; prompt/completion rows are left as they are.
+
+    Raises:
+        CalsmoothError: the chat template refuses the conversation, or rewrites earlier text when a turn is added, so
+            that the assistant's part can't be told.
+    """
+    if conversation.verbatim:
+        return _join([(turn.content, turn.role == "assistant") for turn in conversation.turns], tokenizer)
+    if template == "alpaca":
+        return _join(_alpaca_pieces(conversation), tokenizer)
+    return _chat(conversation, tokenizer)
+
+
+def _join(pieces: list[tuple[str, bool]], tokenizer: "PreTrainedTokenizerBase") -> Rendered:
+    text, spans = "", []
+    for piece, learned in pieces:
+        start = len(text)
+        text += piece
+        if learned:
+            text += tokenizer.eos_token or ""
+            spans.append((start, len(text)))
+    return Rendered(text, tuple(spans), special_tokens=True)
+
+
+def _alpaca_pieces(conversation: Conversation) -> list[tuple[str, bool]]:
+    """The template of Stanford Alpaca; more turns repeat its sections."""
+    has_input = any(turn.input for turn in conversation.turns)
+    system = [turn.content for turn in conversation.turns if turn.role == "system"]
+    context = ", paired with an input that provides further context" if has_input else ""
+    intro = (
+        f"Below is an instruction that describes a task{context}. "
+        "Write a response that appropriately completes the request."
+    )
+    pieces = [("\n\n".join(system) if system else intro, False)]
+    for turn in conversation.turns:
+        if turn.role == "user":
+            section = f"\n\n### Instruction:\n{turn.content}"
+            section += f"\n\n### Input:\n{turn.input}" if turn.input else ""
+            pieces.append((section, False))
+        elif turn.role == "assistant":
+            pieces += [("\n\n### Response:\n", False), (turn.content, True)]
+    return pieces
+
+
+def _chat(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
+    messages = [
+        {"role": t.role, "content": f"{t.content}\n\n{t.input}" if t.input else t.content} for t in conversation.turns
+    ]
+
+    def rendered(count: int, prompt: bool = False) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        except TemplateError as error:
+            raise CalsmoothError(
+                f"{conversation.where}: the chat template refuses this conversation ({error})"
+            ) from None
+
+    whole = rendered(len(messages))
+    spans = []
+    for i, turn in enumerate(conversation.turns):
+        if turn.role != "assistant":
+            continue
+        # What the template writes after its end-of-turn mark (usually a line break) is never the model's to say.
+        before, after = rendered(i, prompt=True), rendered(i + 1).rstrip()
+        if not after.startswith(before):
+            before = rendered(i)  # a template whose generation prompt differs from what it writes for a turn
+        if not (after.startswith(before) and whole.startswith(after)):
+            raise CalsmoothError(
+                f"{conversation.where}: the chat template rewrites earlier text when a turn is added, so the "
+                "assistant's part can't be told; use --template alpaca"
+            )
+        spans.append((len(before), len(after)))
+    return Rendered(whole, tuple(spans), special_tokens=False)
