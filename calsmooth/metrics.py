@@ -240,7 +240,7 @@ def summarize(
 
     logprobs: one row of natural-log probabilities a question, not renormalised; rows may differ in length.
     temperature: divides the renormalised logits before anything is measured; `choice_mass` is the model's own.
-    resamples: above 0, adds 95 % bootstrap intervals of accuracy and ECE.
+    resamples: above 0, adds 95 % bootstrap intervals of accuracy and ECE, and `ece_if_calibrated`.
     """
     raw = pad_choices(logprobs)
     lp = log_softmax(raw, temperature)
@@ -287,7 +287,18 @@ def summarize_top(
 
         interval = bootstrap_interval(both, p, y, resamples=resamples, seed=seed, clusters=clusters)
         result["accuracy_interval"], result["ece_interval"] = interval.T.tolist()
+        result["ece_if_calibrated"] = ece_if_calibrated(p, bins, seed=seed)
     return result
+
+
+def ece_if_calibrated(confidence: ArrayLike, bins: int = 15, draws: int = 200, seed: int = 0) -> float:
+    """The ECE to expect of these confidences if each were exactly right: what the sample's size alone makes of it.
+
+    The mean over `draws` of outcomes drawn with the stated probabilities.
+    """
+    p = np.asarray(confidence, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    return float(np.mean([expected_calibration_error(p, generator.random(len(p)) < p, bins) for _ in range(draws)]))
 
 
 def bootstrap_interval(

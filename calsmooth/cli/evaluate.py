@@ -1,14 +1,24 @@
 """`calsmooth evaluate`."""
 
+from dataclasses import dataclass
+
 from calsmooth import console
 from calsmooth.cli.app import app
 from calsmooth.cli.options import Output, settings_command
-from calsmooth.evaluate.config import EvaluateConfig
+from calsmooth.config import setting
+from calsmooth.evaluate.config import ChoicesConfig, EvaluateConfig
 from calsmooth.models import BUILT_IN
 
 
-@settings_command(app, EvaluateConfig)
-def evaluate(config: EvaluateConfig, output: Output) -> None:
+@dataclass(frozen=True)
+class EvaluateCommand(EvaluateConfig):
+    """The evaluation, and how to show it."""
+
+    by_subject: bool = setting(False, "Show every subject in the table, however many there are.")
+
+
+@settings_command(app, EvaluateCommand)
+def evaluate(config: EvaluateCommand, output: Output) -> None:
     """Measure a model's accuracy and calibration: multiple choice, or next-token on held-out responses.
 
     Without --model and --task: the built-in model on the built-in task. Writes predictions.jsonl, results.json and
@@ -27,7 +37,7 @@ def evaluate(config: EvaluateConfig, output: Output) -> None:
     console.say(f"Wrote {result.folder}/: {', '.join(sorted(p.name for p in result.folder.iterdir()))}")
 
 
-def announce(config: EvaluateConfig) -> None:
+def announce(config: ChoicesConfig) -> None:
     """The first line: what is evaluated, and whether that is the built-in model or task."""
     model = "the built-in model" if config.model == BUILT_IN else config.model
     tasks = ", ".join("the built-in task 'demo'" if name == "demo" else name for name in dict.fromkeys(config.task))

@@ -4,19 +4,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calsmooth.config import Settings, setting
-from calsmooth.evaluate.tasks import TASK_NAMES
+from calsmooth.evaluate.tasks import CHOICE_TASKS, TASK_NAMES
 from calsmooth.models import BUILT_IN
 
 PROMPT, DATA, COMPUTE = "Prompts", "Data", "Computing"
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(Settings):
-    """One evaluation: a model on one or more tasks."""
+class ChoicesConfig(Settings):
+    """One evaluation of a model on multiple-choice tasks."""
 
     model: str = setting(BUILT_IN, "Model folder or hub id; 'demo' is the built-in one.", flags=("--model", "-m"))
     task: tuple[str, ...] = setting(
-        ("demo",), "Tasks, separated by commas or repeated.", choices=TASK_NAMES, flags=("--task", "-t")
+        ("demo",),
+        "Tasks, separated by commas or repeated.",
+        choices=tuple(CHOICE_TASKS),
+        flags=("--task", "-t"),
+        metavar="NAME,...",
     )
     output: Path | None = setting(
         None, "Folder for the results: new or empty.", shown_default="runs/evaluate-MODEL", flags=("--output", "-o")
@@ -40,21 +44,14 @@ class EvaluateConfig(Settings):
     data_dir: Path | None = setting(
         None, "Local files of the tasks, or a folder of TASK folders.", shown_default="Hugging Face hub", panel=DATA
     )
-    dataset: str | None = setting(
-        None,
-        "Held-out instruction data for the task 'responses': a file or hub id, in finetune's formats.",
-        shown_default="the built-in model's own",
-        panel=DATA,
-    )
     limit: int | None = setting(
         None,
-        "Score at most so many questions (rows of responses) a task, drawn evenly over its subjects. For trying out.",
+        "Score at most so many questions a task, drawn evenly over its subjects. For trying out.",
         shown_default="all",
         minimum=1,
         panel=DATA,
     )
     bins: int = setting(15, "Confidence bins of ECE, MCE, SCE and ACE and of the picture.", minimum=1)
-    by_subject: bool = setting(False, "Show every subject in the table, however many there are.")
     seed: int = setting(0, "Seed of --limit's draw and of the bootstrap intervals.", minimum=0)
     batch_size: int | None = setting(
         None, "Sequences run at once; changes speed and memory only.", shown_default="chosen", minimum=1, panel=COMPUTE
@@ -75,3 +72,23 @@ class EvaluateConfig(Settings):
         minimum=2,
         panel=COMPUTE,
     )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(ChoicesConfig):
+    """One evaluation of a model on multiple-choice tasks, on held-out responses, or both."""
+
+    task: tuple[str, ...] = setting(
+        ("demo",),
+        "Tasks, separated by commas or repeated.",
+        choices=TASK_NAMES,
+        flags=("--task", "-t"),
+        metavar="NAME,...",
+    )
+    dataset: str | None = setting(
+        None,
+        "Held-out instruction data for the task 'responses': a file or hub id, in finetune's formats.",
+        shown_default="the built-in model's own",
+        panel=DATA,
+    )
+    split: str | None = setting(None, "Split of a --dataset from the hub.", shown_default="train", panel=DATA)

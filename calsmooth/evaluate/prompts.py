@@ -7,14 +7,19 @@ Three kinds:
   question stripped).
 - cloze: the choices aren't shown, each is a continuation of the question, as lm-evaluation-harness scores HellaSwag and
   ARC.
-- chat: cloze as a conversation, through the tokenizer's own template.
+- conversation: cloze as a chat turn, through the same templates that finetune trains with.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
+from calsmooth.data.formats import Conversation, Turn
+from calsmooth.data.templates import Rendered, choose_template, render
 from calsmooth.evaluate.questions import LETTERS, Question, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -56,25 +61,31 @@ def cloze_prompt(task: Task, question: Question, examples: Sequence[Question]) -
     return Prompt(lambda k: header + "".join(solved[:k]) + context, len(solved), continuations)
 
 
-def chat_prompt(tokenizer: Any, question: Question, examples: Sequence[Question]) -> Prompt:
-    """The question is the user's turn, a choice begins the assistant's, in the tokenizer's own template."""
+def conversation_prompt(
+    tokenizer: "PreTrainedTokenizerBase", question: Question, examples: Sequence[Question]
+) -> Prompt:
+    """The question is the user's turn, a choice begins the assistant's; both are rendered as finetune renders them."""
+    template = choose_template("auto", tokenizer)
 
-    def turns(k: int) -> list[dict[str, str]]:
-        solved = [
-            {"role": role, "content": content}
+    def rendered(k: int, choice: str) -> tuple[Rendered, int, int]:
+        turns = [
+            Turn(role, content)
             for example in examples[:k]
             for role, content in (("user", example.text), ("assistant", example.choices[example.answer]))
         ]
-        return [*solved, {"role": "user", "content": question.text}]
+        turns += [Turn("user", question.text), Turn("assistant", choice)]
+        result = render(Conversation(tuple(turns), f"question {question.id}"), template, tokenizer)
+        return result, *result.spans[-1]
 
     def text(k: int) -> str:
-        return tokenizer.apply_chat_template(turns(k), tokenize=False, add_generation_prompt=True)
+        result, start, _ = rendered(k, question.choices[0])
+        return result.text[:start]
 
     def continuation(choice: str) -> str:
-        # A template may put something between the generation prompt and the answer; keep it, and leave the end off.
-        whole = tokenizer.apply_chat_template([*turns(0), {"role": "assistant", "content": choice}], tokenize=False)
-        rest = whole.removeprefix(text(0))
-        between, found, _ = rest.partition(choice)
-        return between + choice if rest != whole and found else choice
+        # Up to the choice's end: what the template puts before it belongs to the answer, the end-of-turn mark doesn't.
+        result, start, end = rendered(0, choice)
+        before, _, _ = result.text[start:end].partition(choice)
+        return before + choice
 
-    return Prompt(text, len(examples), tuple(map(continuation, question.choices)), special_tokens=False)
+    special_tokens = rendered(0, question.choices[0])[0].special_tokens
+    return Prompt(text, len(examples), tuple(map(continuation, question.choices)), special_tokens)

@@ -43,8 +43,8 @@ class Task:
     format = "letter"
     """What `--format` overrides: letter (the choices are listed) or cloze (each choice is a continuation)."""
     shots = 5
-    chat = False
-    """Whether the cloze format is a chat turn, through the tokenizer's own template."""
+    conversation = False
+    """Whether the cloze format is a chat turn, rendered as finetune renders its data."""
 
     def load(self, data_dir: Path | None, shots: int) -> TaskData:
         """The task's questions, from `data_dir` or, without one, from the hub (through its cache).

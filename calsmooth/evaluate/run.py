@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from calsmooth import metrics
 from calsmooth.console import progress
 from calsmooth.environment import environment
-from calsmooth.evaluate.config import EvaluateConfig
+from calsmooth.evaluate.config import ChoicesConfig, EvaluateConfig
 from calsmooth.evaluate.next_token import predict_tokens
-from calsmooth.evaluate.prompts import Prompt, chat_prompt, cloze_prompt, letter_prompt
+from calsmooth.evaluate.prompts import Prompt, cloze_prompt, conversation_prompt, letter_prompt
 from calsmooth.evaluate.questions import Question, Task, TaskData, sample
 from calsmooth.evaluate.requests import Encoder, Request
 from calsmooth.evaluate.scoring import Scorer
@@ -49,7 +49,7 @@ class EvaluateResult:
     folder: Path
 
 
-def run(config: EvaluateConfig) -> EvaluateResult:
+def run(config: ChoicesConfig) -> EvaluateResult:
     """Evaluate a model and write the run folder. Prints nothing but progress bars.
 
     Raises:
@@ -62,10 +62,16 @@ def run(config: EvaluateConfig) -> EvaluateResult:
     dtype = pick_dtype(config.dtype, device)
     tokenizer = load_tokenizer(config.model, config.revision)
     responses = None
-    if RESPONSES in config.task:
+    if isinstance(config, EvaluateConfig) and RESPONSES in config.task:
         length = config.max_length or DEFAULT_RESPONSE_LENGTH
         responses = load_responses(
-            config.dataset, config.model, tokenizer, max_length=length, limit=config.limit, seed=config.seed
+            config.dataset,
+            config.model,
+            tokenizer,
+            split=config.split,
+            max_length=length,
+            limit=config.limit,
+            seed=config.seed,
         )
     model = load_model(config.model, dtype=dtype, device=device, revision=config.revision)
     folder = run_folder(config.output, f"evaluate-{model_label(config.model)}")
@@ -96,14 +102,14 @@ def run(config: EvaluateConfig) -> EvaluateResult:
     return EvaluateResult(results, predictions, folder)
 
 
-def _load(task: Task, config: EvaluateConfig) -> TaskData:
+def _load(task: Task, config: ChoicesConfig) -> TaskData:
     return task.load(config.data_dir, task.shots if config.shots is None else config.shots)
 
 
 def _choices(
     task: Task,
     data: TaskData,
-    config: EvaluateConfig,
+    config: ChoicesConfig,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
 ) -> TaskResult:
@@ -111,16 +117,13 @@ def _choices(
     shots = task.shots if config.shots is None else config.shots
     form = config.format or task.format
     notes = list(data.notes)
-    chat = form == "cloze" and task.chat
-    if chat and tokenizer.chat_template is None:
-        chat = False
-        notes.append(f"{task.name}: the tokenizer has no chat template, so questions are asked as plain text")
+    prompt = config.prompt_style if form == "letter" else "conversation" if task.conversation else "continuation"
 
     def ask(question: Question) -> Prompt:
         examples = list(data.examples.get(question.subject, ()))[:shots]
-        if chat:
-            return chat_prompt(tokenizer, question, examples)
-        if form == "cloze":
+        if prompt == "conversation":
+            return conversation_prompt(tokenizer, question, examples)
+        if prompt == "continuation":
             return cloze_prompt(task, question, examples)
         return letter_prompt(question, examples, config.prompt_style)
 
@@ -147,7 +150,7 @@ def _choices(
         **_summary(predictions, config, resamples=RESAMPLES),
         "questions_available": len(data.questions),
         "format": form,
-        "prompt": "chat" if chat else config.prompt_style if form == "letter" else "cloze",
+        "prompt": prompt,
         "shots": min(shots, fewest),
         "prompts_with_dropped_shots": sum(r.dropped_shots > 0 for r in requests),
         "prompts_truncated": sum(r.truncated for r in requests),
@@ -170,7 +173,7 @@ def _choices(
     return TaskResult(summary, panel, predictions, notes)
 
 
-def _responses(examples: Sequence[Any], source: str, config: EvaluateConfig, model: "PreTrainedModel") -> TaskResult:
+def _responses(examples: Sequence[Any], source: str, config: ChoicesConfig, model: "PreTrainedModel") -> TaskResult:
     """Score next-token predictions on held-out responses."""
     with progress(RESPONSES, len(examples)) as advance:
         tokens = predict_tokens(model, examples, batch_size=config.batch_size, advance=advance)
@@ -206,7 +209,7 @@ def _prediction(task: str, question: Question, logprobs: list[float], form: str)
     return Prediction(task, question.subject, question.id, tuple(logprobs), question.answer, per_byte)
 
 
-def _summary(predictions: Sequence[Prediction], config: EvaluateConfig, resamples: int = 0) -> dict[str, Any]:
+def _summary(predictions: Sequence[Prediction], config: ChoicesConfig, resamples: int = 0) -> dict[str, Any]:
     logprobs, gold = [p.logprobs for p in predictions], [p.gold for p in predictions]
     return metrics.summarize(logprobs, gold, bins=config.bins, resamples=resamples, seed=config.seed)
 

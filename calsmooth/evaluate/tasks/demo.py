@@ -12,7 +12,7 @@ class Demo(Task):
     name = "demo"
     format = "cloze"
     shots = 0
-    chat = True
+    conversation = True
 
     def load(self, data_dir: Path | None, shots: int) -> TaskData:
         """Always the package's own file; `data_dir` is for the tasks that aren't built in."""

@@ -23,6 +23,7 @@ def load_responses(
     model: str,
     tokenizer: "PreTrainedTokenizerBase",
     *,
+    split: str | None,
     max_length: int,
     limit: int | None,
     seed: int,
@@ -39,5 +40,5 @@ def load_responses(
     if dataset is None and model != BUILT_IN:
         raise UsageError("--task responses: needs --dataset, a file or hub id of held-out instruction data")
     source = dataset if dataset is not None else str(HELDOUT_FILE)
-    examples = load_examples(source, tokenizer, max_length=max_length, limit=limit, seed=seed)
+    examples = load_examples(source, tokenizer, split=split, max_length=max_length, limit=limit, seed=seed)
     return examples, source if dataset is not None else "built in"
