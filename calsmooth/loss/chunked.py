@@ -2,7 +2,8 @@
 
 For each chunk of tokens the logits are made (one product), turned in place into the gradient by the logits, and used
 up at once for both gradients (two products): three products in all, as many as with full logits, and never more than
-`CHUNK_BYTES` of logits. Without a softcap the smoothing term is rank one and needs no logits at all:
+`CHUNK_BYTES` of logits. `mode="lean"` is this as well; `mode="filtered"` drops what it must and saves nothing. Without
+a softcap the smoothing term is rank one and needs no logits at all:
 
     sum_v z_v = scale * (E_i . csum + sum bias),  csum = sum_v C_v
     dE_i -= g_i * scale * (beta / V) * csum
@@ -44,8 +45,20 @@ def linear_cross_entropy(problem: Problem) -> Tensor:
     hidden_states = p.hidden_states
     if kept.numel() < p.targets.numel():
         hidden_states = hidden_states[kept]
-    options = _Options(p.label_smoothing, p.softcap, p.scale, p.reduction, torch.is_grad_enabled())
-    loss = _Loss.apply(hidden_states, p.lm_head_weight, p.bias, p.targets[kept], options)
+    options = _Options(
+        p.label_smoothing,
+        p.softcap,
+        p.scale,
+        p.z_loss,
+        p.reduction,
+        p.filter_eps if p.mode == "filtered" else None,
+        p.head_gradient_dtype,
+        torch.is_grad_enabled(),
+    )
+    kept_mass = torch.ones(len(kept), dtype=torch.float32, device=kept.device)
+    loss = _Loss.apply(hidden_states, p.lm_head_weight, p.bias, p.targets[kept], kept_mass, options)
+    if p.kept_mass is not None:
+        p.kept_mass.fill_(1.0)[kept] = kept_mass
     if p.reduction == "none" and kept.numel() < p.targets.numel():
         return torch.zeros(p.targets.numel(), dtype=loss.dtype, device=loss.device).index_put((kept,), loss)
     return loss
@@ -56,13 +69,18 @@ class _Options:
     beta: float
     softcap: float | None
     scale: float
+    z_loss: float
     reduction: str
+    filter_eps: float | None
+    head_dtype: torch.dtype
     grad_enabled: bool
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, E: Tensor, C: Tensor, bias: Tensor | None, y: Tensor, options: _Options) -> Tensor:
+    def forward(
+        ctx: Any, E: Tensor, C: Tensor, bias: Tensor | None, y: Tensor, kept_mass: Tensor, options: _Options
+    ) -> Tensor:
         ctx.save_for_backward(E, C, bias, y)
         ctx.options = options
         ctx.gradients = None
@@ -70,9 +88,9 @@ class _Loss(torch.autograd.Function):
         divisor = max(len(y), 1) if options.reduction == "mean" else 1
         if options.grad_enabled and any(needed) and options.reduction != "none":
             weight = torch.full((len(y),), 1.0 / divisor, dtype=_compute_dtype(E), device=E.device)
-            losses, *ctx.gradients = _walk(E, C, bias, y, options, weight, needed)
+            losses, *ctx.gradients = _walk(E, C, bias, y, options, weight, needed, kept_mass)
         else:
-            losses, *_ = _walk(E, C, bias, y, options, None, (False, False, False))
+            losses, *_ = _walk(E, C, bias, y, options, None, (False, False, False), kept_mass)
         return losses if options.reduction == "none" else losses.sum() / divisor
 
     @staticmethod
@@ -93,7 +111,7 @@ class _Loss(torch.autograd.Function):
             for g in gradients:
                 if g is not None:
                     g.mul_(grad)
-        return (*gradients, None, None)
+        return (*gradients, None, None, None)
 
 
 def _walk(
@@ -104,8 +122,10 @@ def _walk(
     options: _Options,
     weight: Tensor | None,  # (N,) gradient of the result by each token's loss; None: losses only
     needed: tuple[bool, bool, bool],
+    kept_mass: Tensor | None = None,  # (N,), written where filtered
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(N,) losses and the gradients of sum_i weight_i * loss_i by E, C and bias, where needed."""
+    C = C.to(E.dtype)
     N, V, dtype = len(E), len(C), _compute_dtype(E)
     beta, scale, softcap = options.beta, options.scale, options.softcap
     need_E, need_C, need_bias = needed
@@ -118,7 +138,11 @@ def _walk(
 
     rows = max(1, CHUNK_BYTES // (V * dtype.itemsize * (1 if softcap is None else 2)))
     # A sum over several chunks must not be rounded to low precision after each.
-    dC_sum = torch.empty(V, C.shape[1], dtype=C.dtype if rows >= N else dtype, device=C.device) if need_C else None
+    dC_sum = (
+        torch.empty(V, C.shape[1], dtype=options.head_dtype if rows >= N else dtype, device=C.device)
+        if need_C
+        else None
+    )
     if dC_sum is not None:
         if rank_one and weight is not None:
             dC_sum[:] = (-scale * beta / V) * (weight @ E.to(dtype))
@@ -129,7 +153,7 @@ def _walk(
     for start in range(0, N, rows):
         chunk = slice(start, min(start + rows, N))
         e, t = E[chunk], y[chunk].long().unsqueeze(1)
-        z = buffer[: len(e)]
+        z = slope = buffer[: len(e)]
         for block, c in _blocks(C, dtype):
             _matmul(e, c.T, out=z[:, block])
         if bias is not None:
@@ -138,7 +162,7 @@ def _walk(
             z *= scale
         if softcap is not None:
             z.div_(softcap).tanh_()
-            slope = 1.0 - z * z if weight is not None else None
+            slope = 1.0 - z * z
             z *= softcap
 
         z_target = z.gather(1, t).squeeze(1)
@@ -147,15 +171,29 @@ def _walk(
         else:
             z_mean = z.mean(1) if beta > 0 else torch.zeros_like(z_target)
         z_max, z_sum = _exponentiate(z)
-        losses[chunk] = z_max + z_sum.log() - (1.0 - beta) * z_target - beta * z_mean
+        lse = z_max + z_sum.log()
+        losses[chunk] = lse - (1.0 - beta) * z_target - beta * z_mean + options.z_loss * lse * lse
+
+        # z holds exp(z - max) from here on.
+        dropped = None
+        if options.filter_eps is not None:
+            dropped = z < (options.filter_eps * z_sum).unsqueeze(1)
+            dropped.scatter_(1, t, False)
+            if kept_mass is not None:
+                kept_mass[chunk] = 1.0 - (z * dropped).sum(1) / z_sum
         if weight is None:
             continue
 
-        # z holds exp(z - max): scale it to weight * softmax and take the target's share off.
+        # Scale it to weight * softmax and take the target's share off.
         w = weight[chunk].unsqueeze(1)
-        z *= w / z_sum.unsqueeze(1)
+        z *= w * ((1.0 + 2.0 * options.z_loss * lse) / z_sum).unsqueeze(1)
+        if dropped is not None:
+            z.masked_fill_(dropped, 0.0)
         z.scatter_add_(1, t, -(1.0 - beta) * w)
         if softcap is not None:
+            if dropped is not None:
+                # As the sparse implementation does: the softcap's slope is 1 where the softmax was dropped.
+                slope.masked_fill_(dropped, 1.0)
             z.sub_(w * (beta / V)).mul_(slope)
         if dbias is not None:
             dbias += z.sum(0)
@@ -174,7 +212,7 @@ def _walk(
         if rank_one and weight is not None:
             dbias -= beta / V * weight.sum()
         dbias = (dbias * scale).to(C.dtype if bias is None else bias.dtype)
-    return losses, dE, None if dC_sum is None else dC_sum.to(C.dtype), dbias
+    return losses, dE, None if dC_sum is None else dC_sum.to(options.head_dtype), dbias
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,0 +1,1 @@
+"""The loss's Triton kernels, behind `calsmooth.loss.fused`."""

@@ -1,0 +1,88 @@
+"""Block sizes that are known to be good, by architecture and by how long the inner product is.
+
+A tile is BLOCK_N tokens by BLOCK_V vocabulary entries, multiplied BLOCK_D features at a time. Large tiles feed the
+matrix units best; with few features a tile's own arithmetic (exponentials, sums) weighs more, and two smaller tiles a
+multiprocessor hide one's arithmetic behind the other's product.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Configuration:
+    block_n: int
+    block_v: int
+    block_d: int
+    warps: int
+    stages: int
+    descriptors: bool  # tensor-memory descriptors (Hopper and later) or plain pointers
+    programs_per_sm: int = 1
+
+
+SHORT = 1024
+"""Up to this many features an inner product counts as short."""
+
+TABLE = {
+    # (architecture, short inner product)
+    ("sm90", False): Configuration(128, 256, 64, warps=8, stages=3, descriptors=True),
+    ("sm90", True): Configuration(128, 256, 64, warps=8, stages=3, descriptors=True),
+    ("sm80", False): Configuration(128, 128, 64, warps=8, stages=3, descriptors=False),
+    ("sm80", True): Configuration(128, 128, 64, warps=8, stages=3, descriptors=False),
+    # Ada and the small Amperes: 100 KB of shared memory.
+    ("sm86", False): Configuration(128, 128, 32, warps=8, stages=3, descriptors=False),
+    ("sm86", True): Configuration(128, 128, 32, warps=8, stages=3, descriptors=False),
+    # Without a GPU the kernels are only interpreted, for their tests.
+    ("interpreter", False): Configuration(16, 32, 16, warps=4, stages=1, descriptors=True),
+    ("interpreter", True): Configuration(16, 32, 16, warps=4, stages=1, descriptors=True),
+}
+
+
+def architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "interpreter"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (9, 0):
+        return "sm90"
+    return "sm80" if capability == (8, 0) else "sm86"
+
+
+def choose(hidden_states: Tensor, lm_head_weight: Tensor) -> Configuration:
+    """The table's entry; with pointers where the rows' alignment rules descriptors out."""
+    configuration = TABLE[architecture(hidden_states.device), hidden_states.shape[1] <= SHORT]
+    if configuration.descriptors and not (_describable(hidden_states) and _describable(lm_head_weight)):
+        configuration = Configuration(
+            configuration.block_n,
+            configuration.block_v // 2,
+            configuration.block_d,
+            configuration.warps,
+            configuration.stages,
+            descriptors=False,
+        )
+    return configuration
+
+
+def splits(row_blocks: int, vocabulary_tiles: int, configuration: Configuration, device: torch.device) -> int:
+    """Into how many parts the vocabulary is split so that row_blocks * splits programs fill the device.
+
+    All programs walk the vocabulary together, so that the head streams through the cache once. A part costs a few
+    numbers per token; the smallest count within 2 % of the best use of the multiprocessors wins.
+    """
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    slots = sms * configuration.programs_per_sm
+
+    def use(s: int) -> float:
+        steps = math.ceil(vocabulary_tiles / s) * math.ceil(row_blocks * s / slots)
+        return row_blocks * vocabulary_tiles / (slots * steps)
+
+    candidates = range(1, min(vocabulary_tiles, max(1, 2 * slots // row_blocks), 64) + 1)
+    best = max(use(s) for s in candidates)
+    return next(s for s in candidates if use(s) >= 0.98 * best)
+
+
+def _describable(x: Tensor) -> bool:
+    """Rows of a descriptor start at multiples of 16 bytes."""
+    return x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0

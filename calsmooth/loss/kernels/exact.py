@@ -1,0 +1,348 @@
+"""`mode="exact"`: every entry's gradient from three products, made while the forward has the logits.
+
+For a chunk of tokens, with a reference r_i near the top of each row (the target's own logit),
+
+    P_iv = exp(z_iv - r_i), 0 at the target      written in bfloat16 by the kernel that makes the logits
+    l_i  = exp(z_iy - r_i) + sum_v P_iv          float32, so lse_i = r_i + log l_i
+
+    dE_i  = w_i / l_i (P C)_i + (w_i p_iy - g_i (1 - beta)) C_y - g_i beta / V csum
+    dC   += P^T (w / l E), at the end + the targets' rows and the rank-one row
+
+with g the incoming gradients and w_i = g_i (1 + 2 z_loss lse_i). The row scales move from the N x V matrix to the
+N x D ones, so that no pass over N x V is left but the products, and the target's coefficient, the largest, is never
+rounded.
+
+Where a target lies so far below its row's top that the sums leave a safe range, the chunk's blocks of tokens that hold
+such a row are made again with the row's maximum as reference. That is decided on the device: two launches that mostly
+find nothing to do.
+
+Without a softcap only: with one, the smoothing term isn't rank one and needs l_i before anything is written (`lean`).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from calsmooth.loss.kernels.lean import WIDE_BYTES, token_gradients
+from calsmooth.loss.kernels.products import accumulate, product, product_plus_row
+from calsmooth.loss.kernels.rows import (
+    add_target_rows,
+    finish_hidden,
+    scale_in_place,
+    scale_rows,
+    target_logits,
+    weighted_row_sum,
+)
+from calsmooth.loss.kernels.tiles import LOG2E, Operands, Semantics, padded_matrix, product_tile, to_logits
+from calsmooth.loss.kernels.walk import maxima_and_sums
+
+BUFFER_BYTES = 2**30
+"""One chunk's P: long enough for the products to run at full speed, small beside a large head and its gradient."""
+
+SAFE_SUM = tl.constexpr(5e21)
+"""exp(50). Its inverse times a weight and an E stays a normal bfloat16, as does a row's largest entry."""
+
+
+@triton.jit
+def exponential_kernel(
+    e,
+    c,
+    bias,
+    out,  # (N, V)
+    targets,  # (N,) int32, -1: ignored
+    references,  # (N,)
+    redo,  # (row blocks,) int32 (REDO)
+    maxima,  # (max_parts, N) (REDO)
+    sums,  # (parts, N)
+    logit_sums,  # (parts, N) (LOGIT_SUM)
+    stride_out,
+    max_parts,
+    N,
+    V,
+    D,
+    stride_e,
+    stride_c,
+    parts,
+    scale,
+    softcap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    LOGIT_SUM: tl.constexpr,
+    REDO: tl.constexpr,
+):
+    row_blocks = tl.cdiv(N, BLOCK_N)
+    block = tl.program_id(0) % row_blocks
+    part = tl.program_id(0) // row_blocks
+    row = block * BLOCK_N
+    rows = row + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    y = tl.load(targets + rows, mask=inside, other=-1)
+    steps = tl.cdiv(tl.cdiv(V, BLOCK_V), parts)
+    if REDO:
+        wanted = tl.load(redo + block)
+        steps = steps * wanted
+        inside = rows < N * wanted
+        reference = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        for other in range(max_parts):
+            mine = tl.cast(other, tl.int64) * N + rows
+            reference = tl.maximum(reference, tl.load(maxima + mine, mask=inside, other=0.0))
+        tl.store(references + rows, reference, mask=rows < N * wanted * (part == 0))
+    else:
+        reference = tl.load(references + rows, mask=inside, other=0.0)
+    reference = reference * LOG2E
+    limit = tl.where(y >= 0, V, 0)
+
+    s = tl.zeros((BLOCK_N,), tl.float32)
+    z_sum = tl.zeros((BLOCK_N,), tl.float32)
+    for step in range(steps):
+        column = (step * parts + part) * BLOCK_V
+        columns = column + tl.arange(0, BLOCK_V)
+        z = product_tile(e, c, row, column, N, V, D, stride_e, stride_c, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS)
+        z = to_logits(z, bias, columns, V, scale, softcap, HAS_BIAS, SCALED, CAPPED)
+        if LOGIT_SUM:
+            z_sum += tl.sum(z, 1)
+        p = tl.exp2(z * LOG2E - reference[:, None])
+        p = tl.where((columns[None, :] == y[:, None]) | (columns[None, :] >= limit[:, None]), 0.0, p)
+        s += tl.sum(p, 1)
+        if DESCRIPTORS:
+            out.store([row, column], p.to(out.dtype))
+        else:
+            where = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
+            tl.store(where, p.to(out.dtype.element_ty), mask=(rows < N)[:, None] & (columns < V)[None, :])
+    mine = part.to(tl.int64) * N + rows
+    tl.store(sums + mine, s, mask=inside)
+    if LOGIT_SUM:
+        tl.store(logit_sums + mine, z_sum, mask=inside)
+
+
+@triton.jit
+def settle_kernel(
+    references,
+    target_logits,
+    targets,
+    weights,  # (N,) incoming gradients, 0 where ignored
+    sums,  # (parts, N)
+    logit_sums,  # (parts, N)
+    redo,  # (row blocks,) int32 (CHECK)
+    losses,
+    logsumexps,
+    row_scales,  # scale w / l
+    target_scales,  # scale (w p_y - g (1 - beta))
+    N,
+    parts,
+    beta,
+    mean_weight,
+    z_loss,
+    scale,
+    CHECK: tl.constexpr,
+    LOGIT_SUM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Joins the parts. CHECK: only marks the blocks whose sums left the safe range."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    z_target = tl.load(target_logits + rows, mask=inside, other=0.0)
+    reference = tl.load(references + rows, mask=inside, other=0.0)
+    p_target = tl.exp(z_target - reference)
+    total = p_target
+    z_sum = tl.zeros((BLOCK_N,), tl.float32)
+    for part in range(parts):
+        mine = tl.cast(part, tl.int64) * N + rows
+        total += tl.load(sums + mine, mask=inside, other=0.0)
+        if LOGIT_SUM:
+            z_sum += tl.load(logit_sums + mine, mask=inside, other=0.0)
+    kept = tl.load(targets + rows, mask=inside, other=-1) >= 0
+    if CHECK:
+        unsafe = kept & ((total < SAFE_SUM) == 0)  # a NaN is unsafe too
+        tl.store(redo + tl.program_id(0), tl.max(unsafe.to(tl.int32), 0))
+    else:
+        lse = reference + tl.log(total)
+        loss = lse - (1.0 - beta) * z_target - mean_weight * z_sum + z_loss * lse * lse
+        g = tl.load(weights + rows, mask=inside, other=0.0)
+        w = g * (1.0 + 2.0 * z_loss * lse)
+        tl.store(losses + rows, tl.where(kept, loss, 0.0), mask=inside)
+        tl.store(logsumexps + rows, lse, mask=inside)
+        tl.store(row_scales + rows, tl.where(kept, scale * w / total, 0.0), mask=inside)
+        target_scale = scale * (w * p_target / total - g * (1.0 - beta))
+        tl.store(target_scales + rows, tl.where(kept, target_scale, 0.0), mask=inside)
+
+
+def losses_and_gradients(
+    operands: Operands,
+    targets: Tensor,  # (N,) int32, -1: ignored
+    weights: Tensor,  # (N,) float32, 0 where ignored
+    head_dtype: torch.dtype,
+    need_E: bool,
+    need_C: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(N,) losses, (N,) log-sum-exps, dE and dC where needed."""
+    E, C, k, configuration = operands.E, operands.C, operands.semantics, operands.configuration
+    (N, D), V, device = E.shape, len(C), E.device
+    smooth = k.beta > 0
+    losses, lse, row_scales, target_scales = (torch.empty(N, device=device) for _ in range(4))
+    z_target = target_logits(operands, targets)
+    references = z_target.clone()
+    mean_scales = weights * (k.scale * k.beta / V) if smooth else None
+    head_sum = weighted_row_sum(C) if smooth and need_E else None
+    mean_row = -weighted_row_sum(E, mean_scales) if smooth and need_C else None
+    dE = torch.empty_like(E, memory_format=torch.contiguous_format) if need_E else None
+    dC = torch.empty(V, D, dtype=head_dtype, device=device) if need_C else None
+
+    rows = chunk_rows(N, V * E.element_size(), configuration.block_n)
+    buffer = padded_matrix(min(rows, N), V, E.dtype, device)
+    for start in range(0, N, rows):
+        chunk = slice(start, min(start + rows, N))
+        o, y = operands.rows(chunk.start, chunk.stop), targets[chunk]
+        P = buffer[: len(y)]
+        parts = o.splits(V)
+        redo = torch.empty(o.row_blocks, dtype=torch.int32, device=device)
+        places: dict[str, Any] = {
+            "targets": y,
+            "references": references[chunk],
+            "sums": torch.empty(parts, len(y), device=device),
+            "logit_sums": torch.empty(parts, len(y), device=device),
+            "redo": redo,
+            "parts": parts,
+            "LOGIT_SUM": smooth,
+        }
+        walking = dict(out=o.described(P), stride_out=P.stride(0), **places, **o.arguments())
+        settling = dict(
+            target_logits=z_target[chunk],
+            weights=weights[chunk],
+            losses=losses[chunk],
+            logsumexps=lse[chunk],
+            row_scales=row_scales[chunk],
+            target_scales=target_scales[chunk],
+            N=len(y),
+            beta=k.beta,
+            mean_weight=k.beta / V,
+            z_loss=k.z_loss,
+            scale=k.scale,
+            BLOCK_N=configuration.block_n,
+            **places,
+        )
+        exponential_kernel[(o.row_blocks * parts,)](maxima=references, max_parts=0, REDO=False, **walking)
+        settle_kernel[(o.row_blocks,)](CHECK=True, **settling)
+        maxima, *_ = maxima_and_sums(o, only=redo)
+        exponential_kernel[(o.row_blocks * parts,)](maxima=maxima, max_parts=len(maxima), REDO=True, **walking)
+        settle_kernel[(o.row_blocks,)](CHECK=False, **settling)
+
+        if dE is not None:
+            finish_hidden(
+                dE[chunk],
+                product(P, C),
+                C,
+                y,
+                row_scales=row_scales[chunk],
+                target_scales=target_scales[chunk],
+                mean_scales=None if mean_scales is None else mean_scales[chunk],
+                head_sum=head_sum,
+            )
+        if dC is not None:
+            e = scale_rows(o.E, row_scales[chunk])
+            if start > 0:
+                accumulate(dC, P.T, e)
+            elif mean_row is not None:
+                product_plus_row(dC, mean_row, P.T, e)
+            elif dC.dtype == e.dtype:
+                torch.mm(P.T, e, out=dC)
+            else:
+                dC.zero_()
+                accumulate(dC, P.T, e)
+    if dC is not None:
+        add_target_rows(dC, E, targets, target_scales)
+    return losses, lse, dE, dC
+
+
+def chunk_rows(N: int, row_bytes: int, block: int) -> int:
+    """Tokens a chunk: as many as the buffer holds, chunks of about the same size, whole blocks."""
+    most = max(BUFFER_BYTES // row_bytes // block, 1) * block
+    chunks = triton.cdiv(N, most)
+    return triton.cdiv(triton.cdiv(N, chunks), block) * block
+
+
+@torch.library.custom_op("calsmooth::loss_and_gradients", mutates_args=())
+def loss_and_gradients(
+    E: Tensor,  # (N, D)
+    C: Tensor,  # (V, D); cast to E's dtype
+    bias: Tensor | None,  # (V,), without a gradient
+    targets: Tensor,  # (N,) int32, -1: ignored
+    beta: float,
+    scale: float,
+    z_loss: float,
+    mean: bool,  # or the sum
+    head_dtype: torch.dtype,
+    need_E: bool,
+    need_C: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, (N,) log-sum-exps, dE and dC (empty where not needed) for an incoming gradient of 1."""
+    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, None, scale, z_loss))
+    weights = _weights(targets, mean)
+    losses, lse, dE, dC = losses_and_gradients(operands, targets, weights, head_dtype, need_E, need_C)
+    nothing = E.new_empty(0)
+    return (losses * weights).sum(), lse, nothing if dE is None else dE, E.new_empty(0) if dC is None else dC
+
+
+@loss_and_gradients.register_fake
+def _(E: Tensor, C: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head_dtype, need_E, need_C = rest[-3:]
+    return (
+        E.new_empty((), dtype=torch.float32),
+        E.new_empty(len(E), dtype=torch.float32),
+        E.new_empty(E.shape if need_E else 0),
+        C.new_empty(C.shape if need_C else 0, dtype=head_dtype if need_C else E.dtype),
+    )
+
+
+@torch.library.custom_op("calsmooth::scale_", mutates_args=("X",))
+def scale_(X: Tensor, factor: Tensor) -> None:
+    scale_in_place(X, factor)
+
+
+def _weights(targets: Tensor, mean: bool) -> Tensor:
+    """(N,) float32: each token's share of the result."""
+    kept = (targets >= 0).float()
+    return kept / kept.sum().clamp(min=1.0) if mean else kept
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    E, C, bias, targets, *ctx.options = inputs
+    _, logsumexp, dE, dC = output
+    ctx.mark_non_differentiable(logsumexp, dE, dC)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(E, C, bias, targets, logsumexp)
+    # Not saved as tensors: they leave with the first backward, scaled in place, and take no memory after it.
+    ctx.gradients = (dE, dC)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    need_E, need_C = ctx.needs_input_grad[:2]
+    if grad is None:
+        return (None,) * 11
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        # The graph was kept and the gradients went out with the first backward: make them again.
+        E, C, bias, targets, logsumexp = ctx.saved_tensors
+        beta, scale, z_loss, mean, head_dtype, *_ = ctx.options
+        weights = _weights(targets, mean) * grad
+        dE, dC, _ = token_gradients(
+            E, C, bias, targets, logsumexp, weights,
+            beta, None, scale, z_loss, head_dtype, WIDE_BYTES, need_E, need_C, False,
+        )  # fmt: skip
+    else:
+        dE, dC = gradients
+        for needed, gradient in ((need_E, dE), (need_C, dC)):
+            if needed:
+                scale_(gradient, grad)
+    return (dE if need_E else None, dC if need_C else None, *(None,) * 9)
+
+
+loss_and_gradients.register_autograd(_backward, setup_context=_setup)

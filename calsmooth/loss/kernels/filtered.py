@@ -1,0 +1,536 @@
+"""`mode="filtered"`: softmax entries below `filter_eps` are left out of the gradients; the smoothing term is not.
+
+One product in all instead of three. Of a real model's softmax about one entry in two thousand reaches 2^-12, so
+
+ 1. the forward walk (exact, as everywhere) also writes each token's maximum logit over every group of 64 entries;
+ 2. with the log-sum-exp known, the (group, token) pairs that can hold an entry to keep are listed, about 3 % of them;
+ 3. only those are multiplied again, tokens gathered by group, and the entries to keep are appended to one list, each
+    with its column, token and probability; the targets' entries are always kept;
+ 4. the list is sorted by column, and by token: every later sum has a fixed order, so results are the same bits from
+    run to run although the list was filled in any order;
+ 5. in the backward dE is a gather over each token's entries, dC one over each column's, written once together with
+    the smoothing term's rank-one row:
+
+        dE_i = sum_kept c_iv C_v - u_i csum,     dC_v = sum_kept c_iv E_i - sum_i u_i E_i,    u_i = g_i beta / V
+
+        c_iv = w_i p_iv - g_i (1 - beta) [v = y_i]                              (without a softcap)
+        c_iv = (w_i p_iv - g_i (1 - beta) [v = y_i] - u_i) (1 - (z/t)^2) + u_i   (with one)
+
+With a softcap the smoothing term's slope 1 - (z/t)^2 is applied to kept entries and taken as 1 for the others: each of
+those is off by at most u_i (z/t)^2.
+
+Nothing else is dropped silently: the probability mass that each token's kept entries hold is returned, and a list that
+overflows makes the backward exact (`gradient`) instead. Whether it did is known only on the device: the backward waits
+for that one number, the only wait in this package.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from calsmooth.loss.kernels.configurations import Configuration
+from calsmooth.loss.kernels.gradient import gradients
+from calsmooth.loss.kernels.lean import LEAN_BYTES
+from calsmooth.loss.kernels.rows import feature_block, target_logits, weighted_row_sum
+from calsmooth.loss.kernels.tiles import Operands, Semantics, to_logits
+from calsmooth.loss.kernels.walk import GROUP, walk
+
+ENTRIES_PER_TOKEN = 256
+"""Room in the list at eps = 2^-12, twice what real models were seen to need; grows as eps^-0.6, as they do."""
+
+NO_ENTRY = 2**63 - 1
+
+MARGIN = tl.constexpr(2.0**-8)
+"""Group maxima are stored as bfloat16, rounded to nearest; this much of their size keeps every group that counts."""
+
+
+def capacity(N: int, V: int, eps: float) -> int:
+    """Entries that the list has room for. A token can't have more than 1 / eps."""
+    typical = ENTRIES_PER_TOKEN * (2.0**-12 / eps) ** 0.6
+    return N * min(math.ceil(min(typical, 1.0 / eps)), V)
+
+
+def group_size(configuration: Configuration) -> int:
+    return min(GROUP, configuration.block_v)
+
+
+@triton.jit
+def list_pairs_kernel(
+    group_maxima,  # (groups, N) bfloat16
+    thresholds,  # (N,) logit from which an entry is kept; inf where ignored
+    counts,  # (groups,) int32
+    offsets,  # (groups,) int64 (FILL)
+    pairs,  # (room,) int32: tokens, group after group (FILL)
+    N,
+    room,
+    FILL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    found = tl.zeros((), tl.int32)
+    if FILL:
+        offset = tl.load(offsets + group)
+    for start in range(0, N, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        top = tl.load(group_maxima + group * N + tokens, mask=tokens < N, other=float("-inf")).to(tl.float32)
+        threshold = tl.load(thresholds + tokens, mask=tokens < N, other=float("inf"))
+        # -inf + inf isn't a number, and no reason to keep a group.
+        active = (top + tl.minimum(tl.abs(top), 1e30) * MARGIN >= threshold).to(tl.int32)
+        if FILL:
+            places = offset + found + tl.cumsum(active, 0) - 1
+            tl.store(pairs + places, tokens, mask=(active > 0) & (places < room))
+        found += tl.sum(active, 0)
+    if not FILL:
+        tl.store(counts + group, found)
+
+
+@triton.jit
+def emit_kernel(
+    E,
+    C,
+    bias,
+    targets,
+    logsumexps,
+    counts,  # (groups,)
+    offsets,  # (groups,)
+    pairs,  # (room,)
+    keys,  # (room,) int64: column << 32 | token
+    probabilities,  # (room,) float32
+    cursor,  # int32
+    room,
+    eps,
+    V,
+    D,
+    stride_e,
+    stride_c,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    group = tl.program_id(0)
+    columns = group * GROUP + tl.arange(0, GROUP)
+    features = tl.arange(0, BLOCK_D)
+    offset = tl.load(offsets + group)
+    count = tl.minimum(tl.load(counts + group).to(tl.int64), tl.maximum(room - offset, 0)).to(tl.int32)
+    c_rows = C + columns.to(tl.int64)[:, None] * stride_c + features[None, :]
+    for start in range(tl.program_id(1) * BLOCK_N, count, tl.num_programs(1) * BLOCK_N):
+        places = start + tl.arange(0, BLOCK_N)
+        listed = places < count
+        tokens = tl.load(pairs + offset + places, mask=listed, other=0)
+        e_rows = E + tokens.to(tl.int64)[:, None] * stride_e + features[None, :]
+        z = tl.zeros((BLOCK_N, GROUP), tl.float32)
+        for d in range(0, D, BLOCK_D):
+            inside = (features < D - d)[None, :]
+            a = tl.load(e_rows + d, mask=listed[:, None] & inside, other=0.0)
+            b = tl.load(c_rows + d, mask=(columns < V)[:, None] & inside, other=0.0)
+            z = tl.dot(a, b.T, z, input_precision="ieee")
+        z = to_logits(z, bias, columns, V, scale, softcap, HAS_BIAS, SCALED, CAPPED)
+        lse = tl.load(logsumexps + tokens, mask=listed, other=0.0)
+        y = tl.load(targets + tokens, mask=listed, other=-1)
+        p = tl.exp(z - lse[:, None])
+        keep = (p >= eps) & listed[:, None] & (columns < V)[None, :] & (columns[None, :] != y[:, None])
+        ones = keep.to(tl.int32)
+        by_row = tl.sum(ones, 1)
+        found = tl.sum(by_row, 0)
+        if found > 0:
+            base = tl.atomic_add(cursor, found, sem="relaxed")
+            place = base + (tl.cumsum(by_row, 0) - by_row)[:, None] + tl.cumsum(ones, 1) - 1
+            keep = keep & (place < room)
+            key = (columns.to(tl.int64)[None, :] << 32) | tokens.to(tl.int64)[:, None]
+            tl.store(keys + place, key, mask=keep)
+            tl.store(probabilities + place, p, mask=keep)
+
+
+@triton.jit
+def kept_mass_kernel(token_starts, token_probabilities, kept_mass, BLOCK: tl.constexpr):
+    n = tl.program_id(0)
+    start = tl.load(token_starts + n)
+    stop = tl.load(token_starts + n + 1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(start, stop, BLOCK):
+        places = first + tl.arange(0, BLOCK)
+        total += tl.load(token_probabilities + places, mask=places < stop, other=0.0)
+    tl.store(kept_mass + n, tl.sum(total, 0))
+
+
+@triton.jit
+def coefficients(p, is_target, g, lse, beta, mean_weight, z_loss, softcap, CAPPED: tl.constexpr):
+    """What the kept entry of probability p adds to the gradients by its logit, beside the rank-one term."""
+    x = g * (p * (1.0 + 2.0 * z_loss * lse) - tl.where(is_target, 1.0 - beta, 0.0))
+    if CAPPED:
+        z = (tl.log(p) + lse) / softcap
+        x = (x - g * mean_weight) * (1.0 - z * z) + g * mean_weight
+    return x
+
+
+@triton.jit
+def hidden_gradient_kernel(
+    C,
+    targets,
+    logsumexps,
+    weights,  # (N,) scale g
+    token_starts,
+    token_columns,
+    token_probabilities,
+    head_sum,  # (D,)
+    dE,
+    D,
+    stride_c,
+    beta,
+    mean_weight,
+    z_loss,
+    softcap,
+    CAPPED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = features < D
+    start = tl.load(token_starts + n)
+    stop = tl.load(token_starts + n + 1)
+    y = tl.load(targets + n)
+    lse = tl.load(logsumexps + n)
+    g = tl.load(weights + n)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(start, stop, BLOCK_K):
+        places = first + tl.arange(0, BLOCK_K)
+        mine = places < stop
+        columns = tl.load(token_columns + places, mask=mine, other=0)
+        p = tl.load(token_probabilities + places, mask=mine, other=1.0)
+        x = coefficients(p, columns == y, g, lse, beta, mean_weight, z_loss, softcap, CAPPED)
+        rows = C + columns.to(tl.int64)[:, None] * stride_c + features[None, :]
+        c = tl.load(rows, mask=mine[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(c * tl.where(mine, x, 0.0)[:, None], 0)
+    if SMOOTH:
+        total -= g * mean_weight * tl.load(head_sum + features, mask=inside, other=0.0)
+    tl.store(dE + n * D + features, tl.where(y >= 0, total, 0.0).to(dE.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def head_gradient_kernel(
+    E,
+    targets,
+    logsumexps,
+    weights,
+    column_starts,
+    keys,
+    probabilities,
+    mean_row,  # (D,) what the smoothing term takes off every row
+    mean_bias,  # () the same for the bias
+    dC,
+    dbias,
+    V,
+    D,
+    stride_e,
+    beta,
+    mean_weight,
+    z_loss,
+    softcap,
+    CAPPED: tl.constexpr,
+    NEED_C: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = features < D
+    base = tl.load(mean_row + features, mask=inside, other=0.0)
+    for i in range(COLUMNS):
+        column = tl.program_id(0) * COLUMNS + i
+        if column < V:
+            start = tl.load(column_starts + column)
+            stop = tl.load(column_starts + column + 1)
+            total = -base
+            x_total = tl.zeros((BLOCK_K,), tl.float32)
+            for first in range(start, stop, BLOCK_K):
+                places = first + tl.arange(0, BLOCK_K)
+                mine = places < stop
+                tokens = (tl.load(keys + places, mask=mine, other=0) & 0xFFFFFFFF).to(tl.int64)
+                p = tl.load(probabilities + places, mask=mine, other=1.0)
+                y = tl.load(targets + tokens, mask=mine, other=-1)
+                lse = tl.load(logsumexps + tokens, mask=mine, other=0.0)
+                g = tl.load(weights + tokens, mask=mine, other=0.0)
+                x = coefficients(p, y == column, g, lse, beta, mean_weight, z_loss, softcap, CAPPED)
+                x = tl.where(mine, x, 0.0)
+                if NEED_C:
+                    rows = E + tokens[:, None] * stride_e + features[None, :]
+                    e = tl.load(rows, mask=mine[:, None] & inside[None, :], other=0.0).to(tl.float32)
+                    total += tl.sum(e * x[:, None], 0)
+                if NEED_BIAS:
+                    x_total += x
+            if NEED_C:
+                row = dC + tl.cast(column, tl.int64) * D
+                tl.store(row + features, total.to(dC.dtype.element_ty), mask=inside)
+            if NEED_BIAS and tl.program_id(1) == 0:
+                tl.store(dbias + column, tl.sum(x_total, 0) - tl.load(mean_bias))
+
+
+def list_entries(
+    operands: Operands,
+    targets: Tensor,
+    target_logits: Tensor,
+    logsumexp: Tensor,
+    group_maxima: Tensor,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """The entries to keep, sorted.
+
+    Returns keys (column << 32 | token, ascending, `NO_ENTRY` at the end), their probabilities, the columns' first
+    places (V + 1,), the columns and probabilities by token, the tokens' first places (N + 1,), the kept mass (N,), and
+    1 if there was no room for all (int32).
+    """
+    E, C, bias = operands.E, operands.C, operands.bias
+    N, V, device = len(E), len(C), E.device
+    groups, room = len(group_maxima), capacity(N, V, eps)
+    kept = targets >= 0
+
+    thresholds = torch.where(kept, logsumexp + math.log(eps), math.inf)
+    counts = torch.empty(groups, dtype=torch.int32, device=device)
+    pairs = torch.empty(room, dtype=torch.int32, device=device)
+    cursor = torch.zeros((), dtype=torch.int32, device=device)
+    listing = {"N": N, "room": room, "BLOCK": 1024 if E.is_cuda else 16, "num_warps": 8}
+    list_pairs_kernel[(groups,)](group_maxima, thresholds, counts, counts, pairs, FILL=False, **listing)
+    ends = counts.cumsum(0)
+    offsets = ends - counts
+    list_pairs_kernel[(groups,)](group_maxima, thresholds, counts, offsets, pairs, FILL=True, **listing)
+
+    tokens = torch.arange(N, device=device)
+    keys = torch.full((room + N,), NO_ENTRY, dtype=torch.int64, device=device)
+    keys[room:] = torch.where(kept, (targets.long() << 32) | tokens, NO_ENTRY)
+    probabilities = torch.zeros(room + N, device=device)
+    probabilities[room:] = (target_logits - logsumexp).exp()
+    k = operands.semantics
+    emit_kernel[(groups, 4)](
+        E,
+        C,
+        E if bias is None else bias,
+        targets,
+        logsumexp,
+        counts,
+        offsets,
+        pairs,
+        keys,
+        probabilities,
+        cursor,
+        room,
+        eps,
+        V,
+        E.shape[1],
+        E.stride(0),
+        C.stride(0),
+        k.scale,
+        k.softcap or 1.0,
+        **k.constants(bias),
+        GROUP=group_size(operands.configuration),
+        BLOCK_N=128 if E.is_cuda else 16,
+        BLOCK_D=64 if E.is_cuda else 16,
+        num_warps=4,
+        num_stages=3,
+    )
+    overflow = ((ends[-1] > room) | (cursor > room)).int()
+    del pairs, thresholds
+
+    keys, order = torch.sort(keys)
+    probabilities = probabilities[order]
+    column_starts = torch.searchsorted(keys, torch.arange(V + 1, device=device) << 32).int()
+    by_token = torch.where(keys == NO_ENTRY, N, keys & 0xFFFFFFFF).int()
+    by_token, order = torch.sort(by_token, stable=True)
+    token_starts = torch.searchsorted(by_token, torch.arange(N + 1, dtype=torch.int32, device=device)).int()
+    token_columns = (keys[order] >> 32).int()
+    token_probabilities = probabilities[order]
+    kept_mass = torch.empty(N, device=device)
+    kept_mass_kernel[(N,)](token_starts, token_probabilities, kept_mass, BLOCK=128, num_warps=1)
+    kept_mass = torch.where(kept & (overflow == 0), kept_mass, 1.0)
+    return keys, probabilities, column_starts, token_columns, token_probabilities, token_starts, kept_mass, overflow
+
+
+def gather_gradients(
+    operands: Operands,
+    targets: Tensor,
+    logsumexp: Tensor,
+    weights: Tensor,  # (N,) float32, 0 where ignored
+    entries: tuple[Tensor, ...],  # as from list_entries, without kept mass and overflow
+    head_dtype: torch.dtype,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    E, C, bias, k = operands.E, operands.C, operands.bias, operands.semantics
+    (N, D), V, device = E.shape, len(C), E.device
+    need_E, need_C, need_bias = needed
+    keys, probabilities, column_starts, token_columns, token_probabilities, token_starts = entries
+    smooth = k.beta > 0
+    weights = weights * k.scale
+    shared = {
+        "targets": targets,
+        "logsumexps": logsumexp,
+        "weights": weights,
+        "D": D,
+        "beta": k.beta,
+        "mean_weight": k.beta / V,
+        "z_loss": k.z_loss,
+        "softcap": k.softcap or 1.0,
+        "CAPPED": k.softcap is not None,
+        "BLOCK_K": 8,
+        "BLOCK_D": feature_block(D, 512),
+        "num_warps": 4,
+    }
+    blocks = triton.cdiv(D, feature_block(D, 512))
+    dE = dC = dbias = None
+    if need_E:
+        dE = torch.empty_like(E, memory_format=torch.contiguous_format)
+        hidden_gradient_kernel[(N, blocks)](
+            C=C,
+            token_starts=token_starts,
+            token_columns=token_columns,
+            token_probabilities=token_probabilities,
+            head_sum=weighted_row_sum(C) if smooth else logsumexp,
+            dE=dE,
+            stride_c=C.stride(0),
+            SMOOTH=smooth,
+            **shared,
+        )
+    if need_C or need_bias:
+        dC = torch.empty(V, D, dtype=head_dtype, device=device) if need_C else None
+        dbias = torch.empty(V, device=device) if need_bias else None
+        mean_weights = weights * (k.beta / V)
+        head_gradient_kernel[(triton.cdiv(V, 4), blocks if need_C else 1)](
+            E=E,
+            column_starts=column_starts,
+            keys=keys,
+            probabilities=probabilities,
+            mean_row=weighted_row_sum(E, mean_weights) if smooth else torch.zeros(D, device=device),
+            mean_bias=mean_weights.sum(),
+            dC=logsumexp if dC is None else dC,
+            dbias=logsumexp if dbias is None else dbias,
+            V=V,
+            stride_e=E.stride(0),
+            NEED_C=need_C,
+            NEED_BIAS=need_bias,
+            COLUMNS=4,
+            **shared,
+        )
+    return dE, dC, dbias if dbias is None or bias is None else dbias.to(bias.dtype)
+
+
+@torch.library.custom_op("calsmooth::filtered_losses", mutates_args=())
+def filtered_losses(
+    E: Tensor,  # (N, D)
+    C: Tensor,  # (V, D); cast to E's dtype
+    bias: Tensor | None,
+    targets: Tensor,  # (N,) int32, -1: ignored
+    beta: float,
+    softcap: float | None,
+    scale: float,
+    z_loss: float,
+    head_dtype: torch.dtype,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(N,) losses, (N,) kept mass, (N,) log-sum-exps, the six lists of `list_entries`, overflow."""
+    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss))
+    groups = triton.cdiv(len(C), group_size(operands.configuration))
+    group_maxima = torch.empty(groups, len(E), dtype=torch.bfloat16, device=E.device)
+    z_target = target_logits(operands, targets)
+    walked = walk(operands, targets, z_target, group_maxima=group_maxima)
+    *entries, kept_mass, overflow = list_entries(operands, targets, z_target, walked.logsumexp, group_maxima, eps)
+    return walked.losses, kept_mass, walked.logsumexp, *entries, overflow  # type: ignore[return-value]
+
+
+@filtered_losses.register_fake
+def _(E: Tensor, C: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    N, V = len(E), len(C)
+    size = capacity(N, V, rest[-1]) + N
+
+    def integers(n: int) -> Tensor:
+        return E.new_empty(n, dtype=torch.int32)
+
+    def floats(n: int) -> Tensor:
+        return E.new_empty(n, dtype=torch.float32)
+
+    return (
+        *(floats(N) for _ in range(3)),
+        E.new_empty(size, dtype=torch.int64),
+        floats(size),
+        integers(V + 1),
+        integers(size),
+        floats(size),
+        integers(N + 1),
+        E.new_empty((), dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("calsmooth::filtered_gradients", mutates_args=())
+def filtered_gradients(
+    E: Tensor,
+    C: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logsumexp: Tensor,
+    keys: Tensor,
+    probabilities: Tensor,
+    column_starts: Tensor,
+    token_columns: Tensor,
+    token_probabilities: Tensor,
+    token_starts: Tensor,
+    overflow: Tensor,
+    weights: Tensor,  # (N,) incoming gradients
+    beta: float,
+    softcap: float | None,
+    scale: float,
+    z_loss: float,
+    head_dtype: torch.dtype,
+    need_E: bool,
+    need_C: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dE, dC, dbias; empty where not needed."""
+    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss))
+    weights = torch.where(targets >= 0, weights.float(), 0.0)
+    needed = (need_E, need_C, need_bias)
+    if overflow.item():
+        made = gradients(operands, targets, logsumexp, weights, head_dtype, needed, LEAN_BYTES)
+    else:
+        entries = (keys, probabilities, column_starts, token_columns, token_probabilities, token_starts)
+        made = gather_gradients(operands, targets, logsumexp, weights, entries, head_dtype, needed)
+    dE, dC, dbias = (E.new_empty(0) if g is None else g for g in made)
+    return dE, dC, dbias
+
+
+@filtered_gradients.register_fake
+def _(E: Tensor, C: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    head_dtype, need_E, need_C, need_bias = rest[-4:]
+    return (
+        E.new_empty(E.shape if need_E else 0),
+        C.new_empty(C.shape if need_C else 0, dtype=head_dtype if need_C else E.dtype),
+        E.new_empty(0) if bias is None or not need_bias else bias.new_empty(bias.shape),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    E, C, bias, targets, *options = inputs
+    _, *rest = output
+    ctx.options = options[:-1]
+    ctx.mark_non_differentiable(*rest)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(E, C, bias, targets, *rest[1:])
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[:3]
+    if grad is None:
+        return (None,) * 10
+    made = filtered_gradients(*ctx.saved_tensors, grad, *ctx.options, *needed)
+    return (*(g if need else None for g, need in zip(made, needed, strict=True)), *(None,) * 7)
+
+
+filtered_losses.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,147 @@
+"""What every kernel that needs logits shares: one tile of E C^T, and the way from products to logits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from calsmooth.loss.kernels.configurations import Configuration, choose, splits
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def product_tile(
+    e,  # descriptor of, or pointer to, E (N, D)
+    c,  # the same for C (V, D)
+    row,  # first token
+    column,  # first vocabulary entry
+    N,
+    V,
+    D,
+    stride_e,
+    stride_c,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """(BLOCK_N, BLOCK_V) float32: E[row:, :] . C[column:, :]; zeros beyond N and V."""
+    tile = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    if DESCRIPTORS:
+        for d in range(0, D, BLOCK_D):
+            tile = tl.dot(e.load([row, d]), c.load([column, d]).T, tile, input_precision="ieee")
+    else:
+        rows = row + tl.arange(0, BLOCK_N)
+        columns = column + tl.arange(0, BLOCK_V)
+        features = tl.arange(0, BLOCK_D)
+        e_rows = e + rows.to(tl.int64)[:, None] * stride_e + features[None, :]
+        c_rows = c + columns.to(tl.int64)[:, None] * stride_c + features[None, :]
+        for d in range(0, D, BLOCK_D):
+            inside = (features < D - d)[None, :]
+            a = tl.load(e_rows + d, mask=(rows < N)[:, None] & inside, other=0.0)
+            b = tl.load(c_rows + d, mask=(columns < V)[:, None] & inside, other=0.0)
+            tile = tl.dot(a, b.T, tile, input_precision="ieee")
+    return tile
+
+
+@triton.jit
+def to_logits(
+    tile, bias, columns, V, scale, softcap, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr
+):
+    """softcap(scale * (product + bias)); columns beyond V keep a finite value."""
+    if HAS_BIAS:
+        tile += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+    if SCALED:
+        tile *= scale
+    if CAPPED:
+        tile = softcap * tanh(tile / softcap)
+    return tile
+
+
+@triton.jit
+def tanh(x):
+    # 1 - 2 / (exp(2x) + 1) saturates at both ends without a NaN.
+    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+
+
+@dataclass(frozen=True)
+class Semantics:
+    """What is computed, apart from the tensors."""
+
+    beta: float
+    softcap: float | None
+    scale: float
+    z_loss: float
+
+    def constants(self, bias: Tensor | None) -> dict[str, Any]:
+        return {"HAS_BIAS": bias is not None, "SCALED": self.scale != 1.0, "CAPPED": self.softcap is not None}
+
+
+@dataclass(frozen=True)
+class Operands:
+    """E, C and the bias, with the launch geometry of every kernel that walks over their product."""
+
+    E: Tensor  # (N, D)
+    C: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    semantics: Semantics
+    configuration: Configuration
+
+    @classmethod
+    def make(cls, E: Tensor, C: Tensor, bias: Tensor | None, semantics: Semantics) -> "Operands":
+        return cls(E, C, bias, semantics, choose(E, C))
+
+    def rows(self, start: int, stop: int) -> "Operands":
+        return Operands(self.E[start:stop], self.C, self.bias, self.semantics, self.configuration)
+
+    @property
+    def row_blocks(self) -> int:
+        return triton.cdiv(len(self.E), self.configuration.block_n)
+
+    def splits(self, columns: int) -> int:
+        tiles = triton.cdiv(columns, self.configuration.block_v)
+        return splits(self.row_blocks, tiles, self.configuration, self.E.device)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that `product_tile` and `to_logits` need, by the names that all kernels give them."""
+        k = self.configuration
+        if k.descriptors:
+            e = TensorDescriptor.from_tensor(self.E, [k.block_n, k.block_d])
+            c = TensorDescriptor.from_tensor(self.C, [k.block_v, k.block_d])
+        else:
+            e, c = self.E, self.C
+        return dict(
+            e=e,
+            c=c,
+            bias=self.bias if self.bias is not None else self.E,
+            N=len(self.E),
+            V=len(self.C),
+            D=self.E.shape[1],
+            stride_e=self.E.stride(0),
+            stride_c=self.C.stride(0),
+            scale=self.semantics.scale,
+            softcap=self.semantics.softcap or 1.0,
+            BLOCK_N=k.block_n,
+            BLOCK_V=k.block_v,
+            BLOCK_D=k.block_d,
+            DESCRIPTORS=k.descriptors,
+            num_warps=k.warps,
+            num_stages=k.stages,
+            **self.semantics.constants(self.bias),
+        )
+
+    def described(self, matrix: Tensor) -> Any:
+        """A matrix that tiles are stored to, as the kernels take it."""
+        k = self.configuration
+        return TensorDescriptor.from_tensor(matrix, [k.block_n, k.block_v]) if k.descriptors else matrix
+
+
+def padded_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, columns) whose rows start at multiples of 128 bytes."""
+    width = triton.cdiv(columns * dtype.itemsize, 128) * 128 // dtype.itemsize
+    return torch.empty(rows, width, dtype=dtype, device=device)[:, :columns]
