@@ -69,7 +69,8 @@ class Encoder:
         context = (self.beginning if prompt.special_tokens else []) + alone[:split]
         if not context:
             # Nothing to condition the first token on: a model without a beginning token takes its end token for it.
-            context = [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id]
+            bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+            context = [eos if bos is None else bos]
         return Request(context, [ids[split:] for ids in whole])
 
 

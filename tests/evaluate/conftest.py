@@ -72,6 +72,12 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def build():
+    """`build(kind, dtype, **config)` makes a random model of a kind in `KINDS`."""
+    return build_model
+
+
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory, tokenizer):
     """A model folder as a user would have one."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
