@@ -197,6 +197,15 @@ def test_bootstrap_interval_covers_and_clusters_widen_it():
     assert narrow[1] - narrow[0] == pytest.approx(2 * 1.96 * standard_error, rel=0.15)
 
 
+def test_ece_if_calibrated_is_what_calibrated_data_shows():
+    confidence, correct = metrics.top_choice(*simulate(400, sharpen=1.0))
+    expected = metrics.ece_if_calibrated(confidence)
+    seen = [metrics.expected_calibration_error(*metrics.top_choice(*simulate(400, seed=s))) for s in range(30)]
+    assert expected == pytest.approx(np.mean(seen), rel=0.15)
+    over = metrics.top_choice(*simulate(400, sharpen=3.0))
+    assert metrics.expected_calibration_error(*over) > 2 * metrics.ece_if_calibrated(over[0])
+
+
 @pytest.mark.parametrize("wrong", [([], []), ([0.5], [1, 0]), ([1.5], [1]), ([-0.1], [1]), ([float("nan")], [1])])
 def test_wrong_input_is_refused(wrong):
     with pytest.raises(ValueError, match=r"expected|confidences"):

@@ -1,0 +1,178 @@
+"""`calsmooth calibrate` from a predictions file to calibration.json, and the split into parts."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from calsmooth import metrics
+from calsmooth.calibrate.config import CalibrateConfig
+from calsmooth.calibrate.run import run, split
+from calsmooth.cli.app import app
+from calsmooth.errors import CalsmoothError, UsageError
+from calsmooth.records import Prediction, read_predictions, write_predictions
+
+
+def make_predictions(n=400, temperature=2.5, task="quiz", subjects=("a", "b", "c"), seed=0):
+    """Over-confident predictions: the truth is what they say, softened by the temperature."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for i in range(n):
+        k = 3 + i % 3  # ragged
+        logits = generator.normal(size=k) * 3
+        gold = int(generator.choice(k, p=np.exp(metrics.log_softmax(logits, temperature))))
+        logprobs = tuple((metrics.log_softmax(logits) - 0.5).tolist())
+        made.append(Prediction(task, subjects[i % len(subjects)], str(i), logprobs, gold))
+    return made
+
+
+@pytest.fixture
+def predictions(tmp_path):
+    return write_predictions(tmp_path / "evaluation" / "predictions.jsonl", make_predictions())
+
+
+def test_the_command_writes_its_files(predictions, tmp_path):
+    command = [sys.executable, "-m", "calsmooth", "calibrate", str(predictions), "--output", "here"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("Temperature 2.")
+    assert "fitted on 200 questions; below, the other 200" in lines[0]
+    assert [line.split()[:2] for line in lines[2:4]] == [["before", "200"], ["after", "200"]]
+    folder = tmp_path / "here"
+    assert sorted(p.name for p in folder.iterdir()) == ["calibration.json", "reliability.png", "reliability.svg"]
+    assert (folder / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((folder / "calibration.json").read_text())
+    assert found["temperature"] == pytest.approx(2.5, rel=0.25)
+    assert (found["n_fit"], found["n_report"]) == (200, 200)
+    before, after = found["before"], found["after"]
+    assert after["ece"] < before["ece"] / 2
+    assert after["nll"] < before["nll"]
+    assert after["accuracy"] == before["accuracy"]
+
+
+def test_the_report_is_on_the_part_that_was_not_fitted(predictions, tmp_path):
+    found = run(CalibrateConfig(predictions=predictions, output=tmp_path / "o", seed=3)).results
+    fit_part, report_part = split(read_predictions(predictions), 0.5, 3)
+    assert {p.id for p in fit_part}.isdisjoint(p.id for p in report_part)
+
+    def nll(part, temperature):
+        scaled = metrics.log_softmax(metrics.pad_choices([p.logprobs for p in part]), temperature)
+        return metrics.negative_log_likelihood(scaled, [p.gold for p in part])
+
+    assert found["before"]["nll"] == pytest.approx(nll(report_part, 1.0), abs=1e-12)
+    assert found["after"]["nll"] == pytest.approx(nll(report_part, found["temperature"]), abs=1e-12)
+    assert found["fit"]["nll_after"] == pytest.approx(nll(fit_part, found["temperature"]), abs=1e-12)
+    assert found["fit"]["nll_after"] < nll(fit_part, found["temperature"] * 1.001)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.floats(0.2, 0.8), st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_parts_are_disjoint_stratified_and_complete(sizes, fraction, seed):
+    pool = [Prediction("t", str(s), str(i), (-1.0, -2.0), 0) for s, size in enumerate(sizes) for i in range(size)]
+    if min(len(pool) * fraction, len(pool) * (1 - fraction)) < 11:
+        return
+    fit_part, report_part = split(pool, fraction, seed)
+    assert sorted(map(repr, fit_part + report_part)) == sorted(map(repr, pool))
+    assert abs(len(fit_part) - fraction * len(pool)) <= 1
+    counts = Counter(p.subject for p in fit_part)
+    for subject, size in enumerate(sizes):
+        assert abs(counts[str(subject)] - fraction * size) <= 1
+    again = split(list(reversed(pool)), fraction, seed)
+    assert len(again[0]) == len(fit_part)
+
+
+def test_the_seed_decides_the_split():
+    pool = make_predictions(100)
+    assert split(pool, 0.5, 0) == split(pool, 0.5, 0)
+    assert split(pool, 0.5, 0) != split(pool, 0.5, 1)
+
+
+def test_several_tasks_share_one_temperature_and_are_reported_apart(tmp_path):
+    both = make_predictions(60, task="one") + make_predictions(60, task="two", seed=1)
+    file = write_predictions(tmp_path / "predictions.jsonl", both)
+    found = run(CalibrateConfig(predictions=file, output=tmp_path / "o")).results
+    assert set(found["tasks"]) == {"one", "two"}
+    assert found["tasks"]["one"]["before"]["n"] + found["tasks"]["two"]["before"]["n"] == 60
+    assert "one temperature for all of one, two" in found["notes"]
+
+
+def test_constant_predictions_end_bounded_and_say_why(tmp_path):
+    rows = [Prediction("t", "s", str(i), (-1.0, -1.0), i % 2) for i in range(40)]
+    file = write_predictions(tmp_path / "predictions.jsonl", rows)
+    done = CliRunner().invoke(app, ["calibrate", str(file), "-o", str(tmp_path / "o")])
+    assert done.exit_code == 0, done.output
+    assert "Temperature 1," in done.output
+    assert "no temperature matters" in done.output
+
+
+def refused(tmp_path, rows, **changes):
+    file = write_predictions(tmp_path / "predictions.jsonl", rows)
+    with pytest.raises(CalsmoothError) as caught:
+        run(CalibrateConfig(predictions=file, output=tmp_path / "o", **changes))
+    assert not (tmp_path / "o").exists()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_too_few_predictions_are_refused(tmp_path):
+    assert "19 predictions make parts of 10 and 9; fitting and reporting need at least 10 each" in refused(
+        tmp_path, make_predictions(19)
+    )
+    assert "parts of 4 and 36" in refused(tmp_path, make_predictions(40), fit_fraction=0.1)
+
+
+def test_a_question_that_occurs_twice_is_refused(tmp_path):
+    assert "'7' of quiz occurs twice" in refused(tmp_path, [*make_predictions(40), make_predictions(40)[7]])
+
+
+def test_a_missing_file_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="no such file; give the predictions"):
+        run(CalibrateConfig(predictions=tmp_path / "nothing.jsonl"))
+
+
+def test_json_is_alone_on_standard_output(predictions, tmp_path):
+    done = CliRunner().invoke(app, ["calibrate", str(predictions), "-o", str(tmp_path / "o"), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == json.loads((tmp_path / "o" / "calibration.json").read_text())
+
+
+@pytest.mark.parametrize("flags", [["--model", "x"], ["--task", "mmlu"], ["--limit", "5"]])
+def test_a_finished_evaluation_takes_no_evaluation_flags(predictions, flags):
+    done = subprocess.run(
+        [sys.executable, "-m", "calsmooth", "calibrate", str(predictions), *flags],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert f"{flags[0]}: {predictions} is a finished evaluation" in done.stderr
+
+
+def test_without_a_file_it_evaluates_first(tmp_path, monkeypatch):
+    """The composition only: the evaluation itself has its own tests."""
+    import calsmooth.evaluate.run as evaluation
+
+    asked = []
+
+    def evaluate(config):
+        asked.append(config)
+        write_predictions(config.output / "predictions.jsonl", make_predictions(80))
+        return evaluation.EvaluateResult({}, [], config.output)
+
+    monkeypatch.setattr(evaluation, "run", evaluate)
+    output = tmp_path / "o"
+    done = CliRunner().invoke(app, ["calibrate", "--limit", "80", "--bins", "10", "-o", str(output)])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("Evaluating the built-in model on the built-in task 'demo'.")
+    assert (asked[0].model, asked[0].task, asked[0].limit, asked[0].bins) == ("demo", ("demo",), 80, 10)
+    names = ["calibration.json", "evaluation", "reliability.png", "reliability.svg"]
+    assert sorted(p.name for p in output.iterdir()) == names
+    found = json.loads((output / "calibration.json").read_text())
+    assert found["config"]["predictions"] == str(output / "evaluation" / "predictions.jsonl")
