@@ -1,0 +1,83 @@
+"""What a run leaves for people: the loss curve and the model card."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from calsmooth.plots import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SMOOTHING_WINDOW = 0.05
+"""Share of the run over which the drawn mean runs."""
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    steps: list[int]
+    loss: list[float]
+    smooth: list[float]  # running mean of `loss`
+    lr: list[float]
+
+
+def prepare_loss_curve(metrics: list[dict[str, Any]]) -> LossCurve:
+    """From the lines of metrics.jsonl."""
+    loss = [m["loss"] for m in metrics]
+    window = max(1, round(len(loss) * SMOOTHING_WINDOW))
+    smooth = [sum(loss[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(loss))]
+    return LossCurve([m["step"] for m in metrics], loss, smooth, [m["lr"] for m in metrics])
+
+
+def plot_loss_curve(curve: LossCurve, title: str) -> "Figure":
+    figure, (ax,) = new_figure(6.5, 4.0)
+    ax.plot(curve.steps, curve.loss, color="#4477aa", alpha=0.35, linewidth=1.0, label="loss")
+    ax.plot(curve.steps, curve.smooth, color="#4477aa", linewidth=2.0, label="running mean")
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss (nats per target token)")
+    ax.set_title(title, fontsize=10)
+    rate = ax.twinx()
+    rate.plot(curve.steps, curve.lr, color="#cc6677", linewidth=1.0, linestyle="--", label="learning rate")
+    rate.set_ylabel("learning rate")
+    rate.set_ylim(bottom=0)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    handles = [*ax.get_lines(), *rate.get_lines()]
+    ax.legend(handles, [h.get_label() for h in handles], frameon=False, fontsize=8)
+    return figure
+
+
+def model_card(settings: dict[str, Any], summary: dict[str, Any], versions: dict[str, str]) -> str:
+    """README.md in the hub's layout: front matter for its index, then what was done and how to do it again."""
+    front = ["---", "library_name: transformers", "tags:", "- calsmooth", "- label-smoothing", "- sft"]
+    if "/" in settings["model"] and not settings["model"].startswith((".", "/")):
+        front.append(f"base_model: {settings['model']}")
+    rows = "\n".join(f"| {key} | {value} |" for key, value in settings.items() if value is not None)
+    used = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        "\n".join([*front, "---"])
+        + f"""
+
+# {settings["model"]}, fine-tuned with label smoothing {settings["beta"]:g}
+
+Supervised fine-tuning of `{settings["model"]}` on `{settings["dataset"]}` with
+[calsmooth](https://pypi.org/project/calsmooth): cross-entropy on the response tokens, label smoothing
+beta = {settings["beta"]:g}.
+
+| result | |
+|---|---|
+| steps | {summary["steps"]} |
+| target tokens seen | {summary["tokens"]:,} |
+| loss, mean of the last tenth of the run | {summary["final_loss"]:.4f} |
+| training time | {summary["seconds"]:.0f} s on {summary["device"]} |
+
+The loss is the smoothed one, which a perfect model doesn't bring to 0. How confident this model is and how often it
+is right can be measured with `calsmooth evaluate --model FOLDER`.
+
+## Settings
+
+| setting | value |
+|---|---|
+{rows}
+
+Made with {used}.
+"""
+    )

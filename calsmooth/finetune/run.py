@@ -1,0 +1,308 @@
+"""finetune: rows -> examples -> hidden states -> loss -> gradients -> a run folder.
+
+The folder: config.yaml, environment.json, metrics.jsonl, checkpoints/, then model/, loss.png, README.md (the model
+card), summary.json, and COMPLETED last of all.
+"""
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from transformers import TrainingArguments, set_seed
+
+from calsmooth import console
+from calsmooth.data import Example, ExampleSet, load_example_set
+from calsmooth.environment import describe_device, environment, versions
+from calsmooth.errors import CalsmoothError, UsageError
+from calsmooth.files import read_json, read_jsonl, run_folder, whole_folder, write_json, write_text
+from calsmooth.finetune.config import FinetuneConfig
+from calsmooth.finetune.head import fused_loss
+from calsmooth.finetune.probe import probe
+from calsmooth.finetune.report import model_card, plot_loss_curve, prepare_loss_curve
+from calsmooth.finetune.trainer import Collator, SFTTrainer, checkpoint_step, checkpoints, remove_checkpoints
+from calsmooth.models import load_model, load_tokenizer, pick_device, pick_dtype
+from calsmooth.plots import save_figure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+COMPLETED = "COMPLETED"
+LARGEST_MICRO_BATCH = 8
+PROBE_EXAMPLES, PROBE_LENGTH = 2, 128
+# Where a run lies and how it is watched may differ when it is resumed; what it computes may not.
+FREE_ON_RESUME = {"output", "resume", "dry_run", "keep_last", "log_every", "save_every"}
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """folder: the run's files. summary: steps, tokens, seconds, final_loss, device, probe (what summary.json holds)."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration comes to on this data: shown by --dry-run, followed by `run`."""
+
+    config: FinetuneConfig
+    examples: ExampleSet
+    micro_batch: int
+    accumulation: int
+    steps: int
+
+    @property
+    def target_tokens(self) -> int:
+        return sum(e.target_tokens for e in self.examples.examples)
+
+
+def prepare(config: FinetuneConfig) -> "tuple[Plan, PreTrainedTokenizerBase]":
+    """Read the data and work out steps and batch sizes; no model is loaded.
+
+    Raises:
+        UsageError, CalsmoothError: the data, the tokenizer or the batch sizes can't be as asked.
+    """
+    config = config.resolve()
+    batch_size, epochs, max_length = int(config.batch_size or 0), int(config.epochs or 0), int(config.max_length or 0)
+    tokenizer = load_tokenizer(config.model, config.revision)
+    examples = load_example_set(
+        config.dataset,
+        tokenizer,
+        format=config.format,
+        template=config.template,
+        max_length=max_length,
+        limit=config.limit,
+        seed=config.seed,
+        split=config.split,
+        revision=config.dataset_revision,
+    )
+    micro = config.micro_batch_size or _largest_divisor(batch_size, LARGEST_MICRO_BATCH)
+    if batch_size % micro:
+        raise UsageError(f"--micro-batch-size {micro} doesn't divide --batch-size {batch_size}")
+    steps = epochs * -(-len(examples.examples) // batch_size)
+    return Plan(config, examples, micro, batch_size // micro, steps), tokenizer
+
+
+def run(config: FinetuneConfig) -> FinetuneResult:
+    """Fine-tune and write the run folder; with config.resume go on with one.
+
+    Raises:
+        UsageError: the folder, an option or a path isn't as it has to be.
+        CalsmoothError: data, model, loss or disk fail; what was written so far stays whole.
+    """
+    folder = _find_run(config) if config.resume else None
+    if folder is not None and (folder / COMPLETED).exists():
+        console.say(f"{folder} is complete already; nothing to resume.")
+        return FinetuneResult(folder, read_json(folder / "summary.json"))
+    device = pick_device(config.device)
+    plan, tokenizer = prepare(config)
+    config = plan.config
+    model = load_model(config.model, dtype=torch.float32, device=device, revision=config.revision)
+    found = probe(model, _probe_batch(plan.examples.examples, tokenizer, device), config.beta)
+    if folder is None:
+        folder = run_folder(config.output, config.default_name())
+        write_text(folder / "config.yaml", config.to_yaml())
+        write_json(folder / "environment.json", environment(device))
+    else:
+        _check_same(config, folder)
+    checkpoint = next(reversed(checkpoints(folder / "checkpoints")), None)
+    summary = _train(plan, model, tokenizer, folder, checkpoint, device)
+    summary["probe"] = vars(found)
+    _write_results(plan, model, tokenizer, folder, summary)
+    return FinetuneResult(folder, summary)
+
+
+def _train(
+    plan: Plan,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    checkpoint: Path | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    config = plan.config
+    done = checkpoint_step(checkpoint) if checkpoint else 0
+    earlier = _keep_metrics_until(folder / "metrics.jsonl", done)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    started = time.perf_counter()
+    with (
+        open(folder / "metrics.jsonl", "a", encoding="utf-8") as lines,
+        console.progress("fine-tuning", plan.steps) as advance,
+        fused_loss(model, config.beta),
+        _random_state_kept(),
+    ):
+        advance(done)
+        last = [done]
+
+        def record(values: dict[str, Any]) -> None:
+            lines.write(json.dumps(values) + "\n")
+            lines.flush()
+            note = f"loss {values['loss']:.4f}  lr {values['lr']:.1e}  {values['tokens_per_second']:,.0f} tok/s"
+            advance(values["step"] - last[0], note=note)
+            last[0] = values["step"]
+
+        set_seed(config.seed)
+        trainer = SFTTrainer(
+            model,
+            _arguments(plan, folder, device),
+            plan.examples.examples,
+            tokenizer,
+            loss_reduction=config.loss_reduction,
+            keep_last=config.keep_last,
+            record=record,
+        )
+        if earlier:
+            trainer.meter.tokens = earlier[-1]["tokens"]
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    metrics = [values for _, values in read_jsonl(folder / "metrics.jsonl")]
+    tail = metrics[-max(1, len(metrics) // 10) :]
+    return {
+        "steps": plan.steps,
+        "tokens": metrics[-1]["tokens"],
+        "final_loss": sum(m["loss"] for m in tail) / len(tail),
+        "seconds": round(time.perf_counter() - started, 2),
+        "resumed_at_step": done or None,
+        "device": describe_device(device),
+        "rows": plan.examples.rows,
+        "rows_dropped": plan.examples.dropped,
+        "rows_truncated": plan.examples.truncated,
+    }
+
+
+def _arguments(plan: Plan, folder: Path, device: torch.device) -> TrainingArguments:
+    config = plan.config
+    every = config.save_every or -(-plan.steps // 10)
+    bf16 = pick_dtype(config.dtype, device) == torch.bfloat16
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=plan.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
+        num_train_epochs=float(config.epochs or 1),
+        learning_rate=float(config.lr or 0.0),
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=round(config.warmup * plan.steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
+        bf16=bf16,
+        use_cpu=device.type == "cpu",
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_strategy="steps",
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=None,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+
+
+def _write_results(
+    plan: Plan, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, summary: dict[str, Any]
+) -> None:
+    config = plan.config
+    card = model_card(config.to_dict(), summary, versions())
+    metrics = [values for _, values in read_jsonl(folder / "metrics.jsonl")]
+    title = f"{config.model} on {config.dataset}, beta = {config.beta:g}"
+    save_figure(plot_loss_curve(prepare_loss_curve(metrics), title), folder / "loss.png")
+    write_text(folder / "README.md", card)
+    write_json(folder / "summary.json", summary)
+    with whole_folder(folder / "model") as target:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        write_text(target / "README.md", card)
+    if config.keep_last == 0:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    else:
+        remove_checkpoints(folder / "checkpoints", keep=config.keep_last)
+    write_text(folder / COMPLETED, "")
+
+
+def _probe_batch(
+    examples: list[Example], tokenizer: "PreTrainedTokenizerBase", device: torch.device
+) -> dict[str, torch.Tensor]:
+    """A few short stretches around the first response tokens."""
+    cut = []
+    for example in examples[:PROBE_EXAMPLES]:
+        first = next(i for i, label in enumerate(example.labels) if label != -100)
+        start = max(0, min(first - PROBE_LENGTH // 2, len(example.input_ids) - PROBE_LENGTH))
+        window = slice(start, start + PROBE_LENGTH)
+        cut.append(Example(example.input_ids[window], example.labels[window]))
+    batch = Collator(int(tokenizer.pad_token_id))(cut)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _find_run(config: FinetuneConfig) -> Path | None:
+    """The folder to resume; None where the named one is empty, so that a run may be started with --resume, too."""
+    if config.output is not None:
+        if not config.output.exists() or not any(config.output.iterdir()):
+            return None
+        if not (config.output / "config.yaml").is_file():
+            raise UsageError(f"--output {config.output}: holds no run to resume (no config.yaml); give a run's folder")
+        return config.output
+    name = config.default_name()
+    runs = [p.parent for p in Path("runs").glob(f"{name}*/config.yaml") if not (p.parent / COMPLETED).exists()]
+    if not runs:
+        raise UsageError(f"--resume: no unfinished run of the name runs/{name}; give its folder with --output")
+    return max(runs, key=lambda p: (p / "config.yaml").stat().st_mtime)
+
+
+def _check_same(config: FinetuneConfig, folder: Path) -> None:
+    try:
+        old = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise CalsmoothError(f"{folder / 'config.yaml'}: can't be read ({error}); start a new run") from None
+    for key, value in config.to_dict().items():
+        if key not in FREE_ON_RESUME and old.get(key) != value:
+            raise UsageError(
+                f"--resume: the run in {folder} has {key} = {old.get(key)}, now {value} is asked for; "
+                "resume with the same settings, or start a new run"
+            )
+
+
+def _keep_metrics_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of steps that will be done again, and a line that was cut short by a crash."""
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                values = json.loads(line)
+            except ValueError:
+                break
+            if values["step"] > step:
+                break
+            kept.append(values)
+    write_text(path, "".join(json.dumps(values) + "\n" for values in kept))
+    return kept
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """A caller in the same process finds its random state as it was."""
+    states = random.getstate(), torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        torch.random.set_rng_state(states[1])
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(d for d in range(min(limit, number), 0, -1) if number % d == 0)
