@@ -135,5 +135,7 @@ def encode(conversation: Conversation, template: str, tokenizer: "PreTrainedToke
 def _inside(start: int, end: int, rendered: Rendered) -> bool:
     if start == end:  # a special token that the tokenizer added
         return False
-    i = bisect.bisect_right(rendered.spans, start, key=lambda span: span[0]) - 1
-    return i >= 0 and end <= rendered.spans[i][1]
+    # A token that joins the end of the prompt with the first word (" yes" after "Answer: ") is the response's: were
+    # it left out, a short response would never be learned.
+    i = bisect.bisect_left(rendered.spans, end, key=lambda span: span[0]) - 1
+    return i >= 0 and start < rendered.spans[i][1]

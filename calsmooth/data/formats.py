@@ -88,10 +88,11 @@ def _turns(row: Row, column: str, role_key: str, content_key: str, roles: dict[s
         if not isinstance(message, dict) or role_key not in message or content_key not in message:
             raise CalsmoothError(f"{where}: expected '{role_key}' and '{content_key}', got {_short(message)}")
         role, content = message[role_key], message[content_key]
-        if role not in roles:
+        if not isinstance(role, str) or role not in roles:
             raise CalsmoothError(f"{where}: '{role_key}' must be one of {', '.join(roles)}, got {_short(role)}")
         if not isinstance(content, str) or (roles[role] == "assistant" and not content.strip()):
             raise CalsmoothError(f"{where}: '{content_key}' must be text, got {_short(content)}")
+        _check_unicode(content, f"{where}: '{content_key}'")
         turns.append(Turn(roles[role], content))
     return Conversation(tuple(turns), row.where)
 
@@ -104,7 +105,17 @@ def _text(row: Row, column: str, required: bool = True) -> str:
         raise CalsmoothError(f"{row.where}: column '{column}' must be text, got {_short(value)}")
     if required and not value.strip():
         raise CalsmoothError(f"{row.where}: column '{column}' is empty")
+    _check_unicode(value, f"{row.where}: column '{column}'")
     return value
+
+
+def _check_unicode(text: str, what: str) -> None:
+    # JSON's \u escapes can spell half of a surrogate pair, which no tokenizer can read.
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise CalsmoothError(f"{what} isn't Unicode text: character {error.start + 1} is {half}, half a pair") from None
 
 
 def _short(value: Any) -> str:

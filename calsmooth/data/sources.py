@@ -44,7 +44,7 @@ def load_rows(
     path = Path(source).expanduser()
     if path.is_file():
         rows = list(_reader(path)(path))
-    elif path.is_dir() or _looks_like_hub_id(source):
+    elif source and (path.is_dir() or _looks_like_hub_id(source)):
         rows = list(_from_datasets(source, path, split or "train", revision))
     else:
         raise UsageError(f"--dataset {source}: no such file; give a file, a folder or a hub id such as org/name")
@@ -86,14 +86,16 @@ def _from_json(path: Path) -> Iterator[Row]:
 
 def _from_csv(path: Path) -> Iterator[Row]:
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # spreadsheets begin with a byte-order mark
             reader = csv.DictReader(file, strict=True)
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
                     raise CalsmoothError(f"{where}: expected {len(reader.fieldnames or [])} columns, as in the header")
                 yield Row(dict(row), where)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
+        raise CalsmoothError(f"{path}, line {reader.reader.line_num}: not readable as CSV ({error})") from None
+    except (OSError, UnicodeDecodeError) as error:
         raise CalsmoothError(f"{path}: not readable as CSV ({error})") from None
 
 
@@ -122,11 +124,9 @@ def _from_datasets(source: str, path: Path, split: str, revision: str | None) ->
     online = path.is_dir() or prepare_hub()
     import datasets
 
-    name, _, configuration = source.partition(":")
+    name, _, configuration = (str(path), "", "") if path.is_dir() else source.partition(":")
     try:
-        rows = datasets.load_dataset(
-            str(path) if path.is_dir() else name, configuration or None, split=split, revision=revision
-        )
+        rows = datasets.load_dataset(name, configuration or None, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         why = " ".join(str(error).split())[:200] if online else "the hub can't be reached and the cache doesn't hold it"
         raise CalsmoothError(

@@ -32,8 +32,10 @@ def choose_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """'chat' or 'alpaca': what `name` means for this tokenizer ('auto' is chat where it has a chat template).
 
     Raises:
-        UsageError: 'chat' was asked for and the tokenizer has no chat template.
+        UsageError: no such template, or 'chat' was asked for and the tokenizer has no chat template.
     """
+    if name not in TEMPLATES:
+        raise UsageError(f"--template must be one of {', '.join(TEMPLATES)}, got '{name}'")
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if name == "auto":
         return "chat" if has_chat else "alpaca"
@@ -62,9 +64,11 @@ def _join(pieces: list[tuple[str, bool]], tokenizer: "PreTrainedTokenizerBase") 
         start = len(text)
         text += piece
         if learned:
-            text += tokenizer.eos_token or ""
+            end = tokenizer.eos_token or ""
+            text += "" if text.endswith(end) else end  # prompt/completion text may bring its own marks
             spans.append((start, len(text)))
-    return Rendered(text, tuple(spans), special_tokens=True)
+    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return Rendered(text, tuple(spans), special_tokens=not begun)
 
 
 def _alpaca_pieces(conversation: Conversation) -> list[tuple[str, bool]]:
@@ -96,12 +100,16 @@ def _chat(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> R
         from jinja2.exceptions import TemplateError
 
         try:
-            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+            return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
         except TemplateError as error:
             raise CalsmoothError(
                 f"{conversation.where}: the chat template refuses this conversation ({error})"
             ) from None
 
+    if conversation.turns[0].role == "assistant":
+        raise CalsmoothError(
+            f"{conversation.where}: starts with the assistant, which a chat template can't; use --template alpaca"
+        )
     whole = rendered(len(messages))
     spans = []
     for i, turn in enumerate(conversation.turns):

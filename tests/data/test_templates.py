@@ -1,0 +1,136 @@
+"""The text of a conversation, and which stretches of it the assistant says."""
+
+import pytest
+
+from calsmooth.data.formats import Conversation, Turn
+from calsmooth.data.templates import choose_template, render
+from calsmooth.errors import CalsmoothError, UsageError
+
+SYSTEM = Turn("system", "Be brief.")
+FIRST = (Turn("user", "Which color is the sky?"), Turn("assistant", "Blue."))
+SECOND = (Turn("user", "And at night?"), Turn("assistant", "Black. "))
+
+
+def rendered(turns, template, tokenizer, verbatim=False):
+    return render(Conversation(tuple(turns), "data.jsonl, line 7", verbatim), template, tokenizer)
+
+
+def said(result) -> list[str]:
+    return [result.text[start:end] for start, end in result.spans]
+
+
+class TestChoice:
+    def test_auto_is_chat_where_there_is_a_chat_template(self, chatml, plain):
+        assert choose_template("auto", chatml) == "chat"
+        assert choose_template("auto", plain) == "alpaca"
+        assert choose_template("alpaca", chatml) == "alpaca"
+
+    def test_chat_without_a_chat_template_is_a_usage_error(self, plain):
+        with pytest.raises(UsageError, match="--template chat: this model's tokenizer has no chat template"):
+            choose_template("chat", plain)
+
+    def test_an_unknown_name_is_a_usage_error(self, chatml):
+        with pytest.raises(UsageError, match="--template must be one of auto, chat, alpaca, got 'vicuna'"):
+            choose_template("vicuna", chatml)
+
+
+class TestAlpaca:
+    def test_without_input_is_the_published_template(self, plain):
+        result = rendered(FIRST, "alpaca", plain)
+        assert result.text == (
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\nWhich color is the sky?\n\n### Response:\nBlue.</s>"
+        )
+        assert said(result) == ["Blue.</s>"]
+        assert result.special_tokens
+
+    def test_with_input_is_the_published_template(self, plain):
+        result = rendered((Turn("user", "Add.", "1 and 1"), Turn("assistant", "2")), "alpaca", plain)
+        assert result.text == (
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\nAdd.\n\n### Input:\n1 and 1\n\n### Response:\n2</s>"
+        )
+        assert said(result) == ["2</s>"]
+
+    def test_more_turns_repeat_the_sections_and_a_system_message_takes_the_place_of_the_introduction(self, plain):
+        result = rendered((SYSTEM, *FIRST, *SECOND), "alpaca", plain)
+        assert result.text == (
+            "Be brief.\n\n### Instruction:\nWhich color is the sky?\n\n### Response:\nBlue.</s>"
+            "\n\n### Instruction:\nAnd at night?\n\n### Response:\nBlack. </s>"
+        )
+        assert said(result) == ["Blue.</s>", "Black. </s>"]
+
+    def test_a_tokenizer_without_an_end_token_ends_with_the_response(self, chatml):
+        chatml.eos_token, eos = None, chatml.eos_token
+        try:
+            assert said(rendered(FIRST, "alpaca", chatml)) == ["Blue."]
+        finally:
+            chatml.eos_token = eos
+
+
+class TestPrompt:
+    def test_is_left_as_it_is_whatever_the_template(self, chatml):
+        turns = (Turn("user", "Q: 1+1? A:"), Turn("assistant", " 2"))
+        for template in ("chat", "alpaca"):
+            result = rendered(turns, template, chatml, verbatim=True)
+            assert result.text == "Q: 1+1? A: 2<|im_end|>"
+            assert said(result) == [" 2<|im_end|>"]
+
+    def test_marks_that_the_text_brings_are_not_written_twice(self, plain):
+        result = rendered((Turn("user", "<s>Q: "), Turn("assistant", "A</s>")), "alpaca", plain, verbatim=True)
+        assert result.text == "<s>Q: A</s>"
+        assert said(result) == ["A</s>"]
+        assert not result.special_tokens
+
+
+class TestChat:
+    def test_every_assistant_turn_with_its_end_mark_and_without_the_line_break_after_it(self, chatml):
+        result = rendered((SYSTEM, *FIRST, *SECOND), "chat", chatml)
+        assert result.text == (
+            "<|im_start|>system\nBe brief.<|im_end|>\n"
+            "<|im_start|>user\nWhich color is the sky?<|im_end|>\n<|im_start|>assistant\nBlue.<|im_end|>\n"
+            "<|im_start|>user\nAnd at night?<|im_end|>\n<|im_start|>assistant\nBlack. <|im_end|>\n"
+        )
+        assert said(result) == ["Blue.<|im_end|>", "Black. <|im_end|>"]
+        assert not result.special_tokens
+
+    def test_a_template_that_trims_messages_has_its_way(self, llama):
+        result = rendered((*FIRST, *SECOND), "chat", llama)
+        assert result.text.startswith("<s><|header|>user<|/header|>\n\nWhich")
+        assert said(result) == ["Blue.<|im_end|>", "Black.<|im_end|>"]
+
+    def test_turns_after_the_last_response_are_read_and_not_learned(self, chatml):
+        result = rendered((*FIRST, Turn("user", "Thanks.")), "chat", chatml)
+        assert result.text.endswith("user\nThanks.<|im_end|>\n")
+        assert said(result) == ["Blue.<|im_end|>"]
+
+    def test_alpacas_input_follows_the_instruction(self, chatml):
+        result = rendered((Turn("user", "Add.", "1 and 1"), Turn("assistant", "2")), "chat", chatml)
+        assert "user\nAdd.\n\n1 and 1<|im_end|>" in result.text
+
+    def test_a_template_that_rewrites_earlier_turns_is_refused(self, forgetful):
+        with pytest.raises(CalsmoothError) as caught:
+            rendered((*FIRST, *SECOND), "chat", forgetful)
+        assert str(caught.value) == (
+            "data.jsonl, line 7: the chat template rewrites earlier text when a turn is added, so the assistant's "
+            "part can't be told; use --template alpaca"
+        )
+        assert caught.value.exit_code == 1
+
+    def test_the_same_template_will_do_for_a_single_turn(self, forgetful):
+        assert said(rendered(FIRST, "chat", forgetful)) == ["Blue.<|im_end|>"]
+
+    def test_a_conversation_that_the_template_refuses(self, strict):
+        with pytest.raises(CalsmoothError) as caught:
+            rendered((SYSTEM, *FIRST), "chat", strict)
+        assert str(caught.value) == (
+            "data.jsonl, line 7: the chat template refuses this conversation (System role not supported)"
+        )
+
+    def test_a_conversation_that_the_assistant_starts(self, chatml, plain):
+        turns = (Turn("assistant", "Hello!"), *FIRST)
+        with pytest.raises(CalsmoothError, match=r"line 7: starts with the assistant.*use --template alpaca"):
+            rendered(turns, "chat", chatml)
+        assert said(rendered(turns, "alpaca", plain)) == ["Hello!</s>", "Blue.</s>"]
