@@ -198,7 +198,7 @@ def test_bootstrap_interval_covers_and_clusters_widen_it():
 
 
 def test_ece_if_calibrated_is_what_calibrated_data_shows():
-    confidence, correct = metrics.top_choice(*simulate(400, sharpen=1.0))
+    confidence, _ = metrics.top_choice(*simulate(400))
     expected = metrics.ece_if_calibrated(confidence)
     seen = [metrics.expected_calibration_error(*metrics.top_choice(*simulate(400, seed=s))) for s in range(30)]
     assert expected == pytest.approx(np.mean(seen), rel=0.15)
