@@ -110,6 +110,7 @@ def _show_plan(config: FinetuneConfig, output: Output) -> None:
         result={
             "config": plan.config.to_dict(),
             "rows": plan.examples.rows,
+            "rows_bad": plan.examples.bad,
             "rows_dropped": plan.examples.dropped,
             "rows_truncated": plan.examples.truncated,
             "format": plan.examples.format,
@@ -126,7 +127,7 @@ def _show_plan(config: FinetuneConfig, output: Output) -> None:
 def _plan_line(plan: "Plan") -> str:
     e = plan.examples
     return (
-        f"{e.rows} rows ({e.dropped} without a target, {e.truncated} cut) of format {e.format}, template {e.template}: "
+        f"{e.rows} rows ({e.bad} bad, {e.dropped} without a target, {e.truncated} cut) of format {e.format}, template {e.template}: "
         f"{sum(len(x.input_ids) for x in e.examples):,} tokens, {plan.target_tokens:,} of them targets; "
         f"{plan.steps} steps of {plan.config.batch_size} examples ({plan.accumulation} x {plan.micro_batch})."
     )

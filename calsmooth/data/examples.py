@@ -31,10 +31,15 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """The examples of a data set and how they came about: rows read, and rows whose response lay past max_length."""
+    """The examples of a data set and how they came about.
+
+    rows: read. bad: left out because a column was wrong. dropped: left out because the response lay past max_length.
+    truncated: cut at max_length.
+    """
 
     examples: list[Example]
     rows: int
+    bad: int
     dropped: int
     truncated: int
     format: str
@@ -78,6 +83,7 @@ def load_example_set(
     seed: int = 0,
     split: str | None = None,
     revision: str | None = None,
+    on_bad_row: str = "fail",
 ) -> ExampleSet:
     """Read, render and tokenise a data set (see `calsmooth.data.sources.load_rows` for `source`).
 
@@ -86,6 +92,7 @@ def load_example_set(
         template: 'auto', 'chat' or 'alpaca' (see `calsmooth.data.templates`).
         max_length: longer examples keep their beginning.
         limit: a random, seeded choice of so many rows.
+        on_bad_row: 'fail' at a row whose columns are missing, empty or of the wrong type, or 'skip' and count it.
 
     Raises:
         UsageError, CalsmoothError: the data can't be had, a row is bad, or no response fits max_length.
@@ -93,19 +100,26 @@ def load_example_set(
     rows = load_rows(source, split=split, revision=revision, limit=limit, seed=seed)
     format = format or detect_format(rows[0])
     template = choose_template(template, tokenizer)
-    examples, truncated = [], 0
+    examples, truncated, bad = [], 0, 0
     with console.progress("tokenising", len(rows)) as advance:
         for row in rows:
-            example = encode(to_conversation(row, format), template, tokenizer)
+            advance()
+            try:
+                conversation = to_conversation(row, format)
+            except CalsmoothError as error:
+                if on_bad_row == "fail":
+                    raise type(error)(f"{error}; mend or remove such rows (finetune: --on-bad-row skip)") from None
+                bad += 1
+                continue
+            example = encode(conversation, template, tokenizer)
             if len(example.input_ids) > max_length:
                 truncated += 1
                 example = Example(example.input_ids[:max_length], example.labels[:max_length])
             if example.target_tokens:
                 examples.append(example)
-            advance()
     if not examples:
         raise CalsmoothError(f"--dataset {source}: no response fits --max-length {max_length}; raise it")
-    return ExampleSet(examples, len(rows), len(rows) - len(examples), truncated, format, template)
+    return ExampleSet(examples, len(rows), bad, len(rows) - bad - len(examples), truncated, format, template)
 
 
 def encode(conversation: Conversation, template: str, tokenizer: "PreTrainedTokenizerBase") -> Example:

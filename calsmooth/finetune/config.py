@@ -48,6 +48,12 @@ class FinetuneConfig(Settings):
         choices=("auto", "chat", "alpaca"),
         panel=DATA,
     )
+    on_bad_row: str = setting(
+        "fail",
+        "At a row whose columns are missing, empty or of the wrong type.",
+        choices=("fail", "skip"),
+        panel=DATA,
+    )
     split: str | None = setting(None, "Split of a hub data set.", shown_default="train", panel=DATA)
     limit: int | None = setting(
         None, "Train on a random choice of so many rows.", shown_default="all", minimum=1, panel=DATA

@@ -87,6 +87,7 @@ def prepare(config: FinetuneConfig) -> "tuple[Plan, PreTrainedTokenizerBase]":
         seed=config.seed,
         split=config.split,
         revision=config.dataset_revision,
+        on_bad_row=config.on_bad_row,
     )
     micro = config.micro_batch_size or _largest_divisor(batch_size, LARGEST_MICRO_BATCH)
     if batch_size % micro:
@@ -177,6 +178,7 @@ def _train(
         "resumed_at_step": done or None,
         "device": describe_device(device),
         "rows": plan.examples.rows,
+        "rows_bad": plan.examples.bad,
         "rows_dropped": plan.examples.dropped,
         "rows_truncated": plan.examples.truncated,
     }

@@ -152,6 +152,14 @@ class TestLoading:
         with pytest.raises(CalsmoothError, match=r"data\.jsonl, line 3: column 'output' must be text, got 2$"):
             load_examples(write_rows(good, good, good | {"output": 2}), chatml, max_length=99)
 
+    def test_bad_rows_can_be_skipped_and_are_counted(self, chatml, write_rows):
+        good = {"instruction": "Name a color.", "output": "Blue."}
+        path = write_rows(good, good | {"output": ""}, good, {"instruction": "No output at all."})
+        found = load_example_set(path, chatml, max_length=1000, on_bad_row="skip")
+        assert (found.rows, found.bad, found.dropped, len(found.examples)) == (4, 2, 0, 2)
+        with pytest.raises(CalsmoothError, match=r"line 2: column 'output' is empty; .*--on-bad-row skip"):
+            load_example_set(path, chatml, max_length=1000)
+
     def test_format_and_template_as_asked(self, chatml, write_rows):
         row = CHAT | {"instruction": "Add.", "output": "2"}
         examples = load_example_set(write_rows(row), chatml, format="alpaca", template="alpaca", max_length=999)
