@@ -87,7 +87,7 @@ class _Loss(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3]
         divisor = max(len(y), 1) if options.reduction == "mean" else 1
         if options.grad_enabled and any(needed) and options.reduction != "none":
-            weight = torch.full((len(y),), 1.0 / divisor, dtype=_compute_dtype(E), device=E.device)
+            weight = torch.full((len(y),), 1.0 / divisor, dtype=compute_dtype(E), device=E.device)
             losses, *ctx.gradients = _walk(E, C, bias, y, options, weight, needed, kept_mass)
         else:
             losses, *_ = _walk(E, C, bias, y, options, None, (False, False, False), kept_mass)
@@ -102,10 +102,10 @@ class _Loss(torch.autograd.Function):
             # Per-token gradients arrive only now; or the graph was kept and the gradients went out with the first
             # backward. Both walk the vocabulary again.
             if ctx.options.reduction == "none":
-                weight = grad.to(_compute_dtype(E))
+                weight = grad.to(compute_dtype(E))
             else:
                 divisor = max(len(y), 1) if ctx.options.reduction == "mean" else 1
-                weight = (grad / divisor).to(_compute_dtype(E)).expand(len(y)).contiguous()
+                weight = (grad / divisor).to(compute_dtype(E)).expand(len(y)).contiguous()
             _, *gradients = _walk(E, C, bias, y, ctx.options, weight, ctx.needs_input_grad[:3])
         elif not (grad.device.type == "cpu" and grad.item() == 1.0):
             for g in gradients:
@@ -126,7 +126,7 @@ def _walk(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(N,) losses and the gradients of sum_i weight_i * loss_i by E, C and bias, where needed."""
     C = C.to(E.dtype)
-    N, V, dtype = len(E), len(C), _compute_dtype(E)
+    N, V, dtype = len(E), len(C), compute_dtype(E)
     beta, scale, softcap = options.beta, options.scale, options.softcap
     need_E, need_C, need_bias = needed
     losses = torch.empty(N, dtype=dtype, device=E.device)
@@ -154,8 +154,8 @@ def _walk(
         chunk = slice(start, min(start + rows, N))
         e, t = E[chunk], y[chunk].long().unsqueeze(1)
         z = slope = buffer[: len(e)]
-        for block, c in _blocks(C, dtype):
-            _matmul(e, c.T, out=z[:, block])
+        for block, c in blocks(C, dtype):
+            matmul(e, c.T, out=z[:, block])
         if bias is not None:
             z += bias
         if scale != 1.0:
@@ -200,10 +200,10 @@ def _walk(
         scaled_e = e if scale == 1.0 else e * scale
         de = w * (-scale * beta / V) * csum if csum is not None else torch.zeros(1, 1, dtype=dtype, device=E.device)
         de = de.expand(len(e), E.shape[1]).clone()
-        for block, c in _blocks(C, dtype):
+        for block, c in blocks(C, dtype):
             g = z[:, block].to(c.dtype)
             if need_E:
-                de.add_(_matmul(g, c), alpha=scale)
+                de.add_(matmul(g, c), alpha=scale)
             if dC_sum is not None:
                 _accumulate(dC_sum[block], g.T, scaled_e.to(g.dtype))
         if dE is not None:
@@ -215,7 +215,7 @@ def _walk(
     return losses, dE, None if dC_sum is None else dC_sum.to(options.head_dtype), dbias
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -234,10 +234,10 @@ def _exponentiate(z: Tensor) -> tuple[Tensor, Tensor]:
 
 def _column_sum(C: Tensor) -> Tensor:
     """(D,) sum over the vocabulary, in the compute dtype."""
-    return C.sum(0, dtype=_compute_dtype(C))
+    return C.sum(0, dtype=compute_dtype(C))
 
 
-def _blocks(C: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def blocks(C: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of head rows in a dtype that this device multiplies well: the whole head unless it must be widened."""
     V, D = C.shape
     if C.dtype == dtype or C.is_cuda:
@@ -249,9 +249,9 @@ def _blocks(C: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         yield block, C[block].to(dtype)
 
 
-def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b, accumulated and returned in the compute dtype."""
-    dtype = _compute_dtype(b)
+    dtype = compute_dtype(b)
     if a.dtype == b.dtype == dtype:
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     product = torch.mm(a, b, out_dtype=dtype) if a.is_cuda else torch.mm(a.to(dtype), b.to(dtype))
@@ -263,4 +263,4 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype == b.dtype:
         total.addmm_(a, b)
     else:
-        total.add_(_matmul(a, b))
+        total.add_(matmul(a, b))

@@ -130,8 +130,12 @@ def prepare(
     filter_eps: float = DEFAULT_FILTER_EPS,
     kept_mass: Tensor | None = None,
     head_gradient_dtype: torch.dtype | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[Problem, torch.Size]:
-    """A call's arguments, checked, cast and flattened, and the shape of its targets."""
+    """A call's arguments, checked, cast and flattened, and the shape of its targets.
+
+    `vocabulary` bounds the targets where `lm_head_weight` is a shard of the head.
+    """
     device_type = hidden_states.device.type
     head_dtype = head_gradient_dtype or lm_head_weight.dtype
     if torch.is_autocast_enabled(device_type):
@@ -148,7 +152,7 @@ def prepare(
     if shift:
         targets = next_token_labels(targets, ignore_index)
     if targets.device.type == "cpu" and targets.numel():
-        _check_targets(targets, len(lm_head_weight), ignore_index)
+        _check_targets(targets, vocabulary or len(lm_head_weight), ignore_index)
     if kept_mass is not None and (kept_mass.shape != targets.shape or kept_mass.dtype != torch.float32):
         raise UsageError(
             f"kept_mass is {tuple(kept_mass.shape)} {kept_mass.dtype}; expected {tuple(targets.shape)} torch.float32"

@@ -1,12 +1,13 @@
 """The door to the Triton kernels: what they take, and which of them takes it. Imports Triton only when it is used."""
 
-import functools
 import importlib.util
 
 import torch
 from torch import Tensor
 
 from calsmooth.loss.problem import Problem
+
+TRITON = importlib.util.find_spec("triton") is not None
 
 
 def why_not(problem: Problem) -> str | None:
@@ -18,16 +19,11 @@ def why_not(problem: Problem) -> str | None:
         return f"hidden states are {E.dtype}, not bfloat16 or float16"
     if E.numel() == 0 or C.numel() == 0:
         return "there is nothing to compute"
-    return _why_not_here(E.device)
-
-
-@functools.cache
-def _why_not_here(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON:
         return "Triton isn't installed"
     if torch.version.hip is not None:
         return "the kernels were never run on a ROCm device"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(E.device)
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 

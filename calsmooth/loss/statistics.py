@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from calsmooth.loss import fused
-from calsmooth.loss.chunked import CHUNK_BYTES, _blocks, _compute_dtype, _matmul
+from calsmooth.loss.chunked import CHUNK_BYTES, blocks, compute_dtype, matmul
 from calsmooth.loss.functional import prepare
 from calsmooth.loss.problem import Problem
 
@@ -75,7 +75,7 @@ def _fused(p: Problem) -> tuple[Tensor, ...]:
 
 def _chunked(p: Problem) -> tuple[Tensor, ...]:
     E, C = p.hidden_states, p.lm_head_weight
-    N, V, dtype = len(E), len(C), _compute_dtype(E)
+    N, V, dtype = len(E), len(C), compute_dtype(E)
     z_target, lse, top_logprob, entropy = (torch.empty(N, dtype=dtype, device=E.device) for _ in range(4))
     top_token = torch.empty(N, dtype=torch.int64, device=E.device)
     targets = p.targets.long().masked_fill(p.targets == p.ignore_index, 0).unsqueeze(1)
@@ -84,8 +84,8 @@ def _chunked(p: Problem) -> tuple[Tensor, ...]:
     for start in range(0, N, rows):
         chunk = slice(start, min(start + rows, N))
         z = buffer[: chunk.stop - start]
-        for block, c in _blocks(C, dtype):
-            _matmul(E[chunk], c.T, out=z[:, block])
+        for block, c in blocks(C, dtype):
+            matmul(E[chunk], c.T, out=z[:, block])
         if p.bias is not None:
             z += p.bias
         z *= p.scale

@@ -31,10 +31,10 @@ from calsmooth.loss.kernels.products import accumulate, product, product_plus_ro
 from calsmooth.loss.kernels.rows import (
     add_target_rows,
     finish_hidden,
+    row_sum,
     scale_in_place,
     scale_rows,
     target_logits,
-    weighted_row_sum,
 )
 from calsmooth.loss.kernels.tiles import LOG2E, Operands, Semantics, padded_matrix, product_tile, to_logits
 from calsmooth.loss.kernels.walk import maxima_and_sums
@@ -190,9 +190,9 @@ def losses_and_gradients(
     losses, lse, row_scales, target_scales = (torch.empty(N, device=device) for _ in range(4))
     z_target = target_logits(operands, targets)
     references = z_target.clone()
-    mean_scales = weights * (k.scale * k.beta / V) if smooth else None
-    head_sum = weighted_row_sum(C) if smooth and need_E else None
-    mean_row = -weighted_row_sum(E, mean_scales) if smooth and need_C else None
+    mean_scales = weights * (k.scale * k.mean_weight(V)) if smooth else None
+    head_sum = row_sum(C) if smooth and need_E else None
+    mean_row = -row_sum(E, mean_scales) if smooth and need_C else None
     dE = torch.empty_like(E, memory_format=torch.contiguous_format) if need_E else None
     dC = torch.empty(V, D, dtype=head_dtype, device=device) if need_C else None
 
@@ -223,7 +223,7 @@ def losses_and_gradients(
             target_scales=target_scales[chunk],
             N=len(y),
             beta=k.beta,
-            mean_weight=k.beta / V,
+            mean_weight=k.mean_weight(V),
             z_loss=k.z_loss,
             scale=k.scale,
             BLOCK_N=configuration.block_n,

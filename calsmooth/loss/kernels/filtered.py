@@ -35,14 +35,14 @@ from torch import Tensor
 from calsmooth.loss.kernels.configurations import Configuration
 from calsmooth.loss.kernels.gradient import gradients
 from calsmooth.loss.kernels.lean import LEAN_BYTES
-from calsmooth.loss.kernels.rows import feature_block, target_logits, weighted_row_sum
+from calsmooth.loss.kernels.rows import feature_block, row_sum, target_logits
 from calsmooth.loss.kernels.tiles import Operands, Semantics, to_logits
 from calsmooth.loss.kernels.walk import GROUP, walk
 
 ENTRIES_PER_TOKEN = 256
 """Room in the list at eps = 2^-12, twice what real models were seen to need; grows as eps^-0.6, as they do."""
 
-NO_ENTRY = 2**63 - 1
+NO_ENTRY = tl.constexpr(2**63 - 1)
 
 MARGIN = tl.constexpr(2.0**-8)
 """Group maxima are stored as bfloat16, rounded to nearest; this much of their size keeps every group that counts."""
@@ -151,130 +151,133 @@ def emit_kernel(
 
 
 @triton.jit
-def kept_mass_kernel(token_starts, token_probabilities, kept_mass, BLOCK: tl.constexpr):
-    n = tl.program_id(0)
-    start = tl.load(token_starts + n)
-    stop = tl.load(token_starts + n + 1)
+def segment_sum_kernel(starts, values, out, BLOCK: tl.constexpr):
+    segment = tl.program_id(0)
+    start = tl.load(starts + segment)
+    stop = tl.load(starts + segment + 1)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(start, stop, BLOCK):
         places = first + tl.arange(0, BLOCK)
-        total += tl.load(token_probabilities + places, mask=places < stop, other=0.0)
-    tl.store(kept_mass + n, tl.sum(total, 0))
+        total += tl.load(values + places, mask=places < stop, other=0.0)
+    tl.store(out + segment, tl.sum(total, 0))
+
+
+def segment_sum(starts: Tensor, values: Tensor) -> Tensor:
+    """(segments,) sums of values[starts_i : starts_{i + 1}]."""
+    out = torch.empty(len(starts) - 1, device=values.device)
+    segment_sum_kernel[(len(out),)](starts, values, out, BLOCK=32, num_warps=1)
+    return out
 
 
 @triton.jit
-def coefficients(p, is_target, g, lse, beta, mean_weight, z_loss, softcap, CAPPED: tl.constexpr):
-    """What the kept entry of probability p adds to the gradients by its logit, beside the rank-one term."""
-    x = g * (p * (1.0 + 2.0 * z_loss * lse) - tl.where(is_target, 1.0 - beta, 0.0))
-    if CAPPED:
-        z = (tl.log(p) + lse) / softcap
-        x = (x - g * mean_weight) * (1.0 - z * z) + g * mean_weight
-    return x
-
-
-@triton.jit
-def hidden_gradient_kernel(
-    C,
+def coefficients_kernel(
+    keys,
+    probabilities,
     targets,
     logsumexps,
     weights,  # (N,) scale g
-    token_starts,
-    token_columns,
-    token_probabilities,
-    head_sum,  # (D,)
-    dE,
-    D,
-    stride_c,
+    tokens,  # written: int32
+    coefficients,  # written: what the entry adds to the gradients, beside the rank-one term
+    size,
     beta,
     mean_weight,
     z_loss,
     softcap,
     CAPPED: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
-    features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = features < D
-    start = tl.load(token_starts + n)
-    stop = tl.load(token_starts + n + 1)
-    y = tl.load(targets + n)
-    lse = tl.load(logsumexps + n)
-    g = tl.load(weights + n)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for first in range(start, stop, BLOCK_K):
-        places = first + tl.arange(0, BLOCK_K)
-        mine = places < stop
-        columns = tl.load(token_columns + places, mask=mine, other=0)
-        p = tl.load(token_probabilities + places, mask=mine, other=1.0)
-        x = coefficients(p, columns == y, g, lse, beta, mean_weight, z_loss, softcap, CAPPED)
-        rows = C + columns.to(tl.int64)[:, None] * stride_c + features[None, :]
-        c = tl.load(rows, mask=mine[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        total += tl.sum(c * tl.where(mine, x, 0.0)[:, None], 0)
-    if SMOOTH:
-        total -= g * mean_weight * tl.load(head_sum + features, mask=inside, other=0.0)
-    tl.store(dE + n * D + features, tl.where(y >= 0, total, 0.0).to(dE.dtype.element_ty), mask=inside)
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(keys + places, mask=places < size, other=NO_ENTRY)
+    entry = key != NO_ENTRY
+    token = (key & 0xFFFFFFFF).to(tl.int32)
+    column = (key >> 32).to(tl.int32)
+    p = tl.load(probabilities + places, mask=entry, other=1.0)
+    y = tl.load(targets + token, mask=entry, other=-1)
+    lse = tl.load(logsumexps + token, mask=entry, other=0.0)
+    g = tl.load(weights + token, mask=entry, other=0.0)
+    x = g * (p * (1.0 + 2.0 * z_loss * lse) - tl.where(column == y, 1.0 - beta, 0.0))
+    if CAPPED:
+        z = (tl.log(p) + lse) / softcap
+        x = (x - g * mean_weight) * (1.0 - z * z) + g * mean_weight
+    tl.store(tokens + places, token, mask=entry)
+    tl.store(coefficients + places, x, mask=entry)
 
 
 @triton.jit
-def head_gradient_kernel(
-    E,
-    targets,
-    logsumexps,
-    weights,
-    column_starts,
-    keys,
-    probabilities,
-    mean_row,  # (D,) what the smoothing term takes off every row
-    mean_bias,  # () the same for the bias
-    dC,
-    dbias,
-    V,
+def gather_rows_kernel(
+    X,
+    starts,  # (R + 1,)
+    indices,
+    coefficients,
+    base,  # (D,) (HAS_BASE)
+    base_scales,  # (R,) or one for all
+    out,  # (R, D)
+    R,
     D,
-    stride_e,
-    beta,
-    mean_weight,
-    z_loss,
-    softcap,
-    CAPPED: tl.constexpr,
-    NEED_C: tl.constexpr,
-    NEED_BIAS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    stride_x,
+    stride_scale,
+    HAS_BASE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """out_r = sum_j coefficient_j X[index_j] over r's entries, minus base_scale_r base."""
     features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = features < D
-    base = tl.load(mean_row + features, mask=inside, other=0.0)
-    for i in range(COLUMNS):
-        column = tl.program_id(0) * COLUMNS + i
-        if column < V:
-            start = tl.load(column_starts + column)
-            stop = tl.load(column_starts + column + 1)
-            total = -base
-            x_total = tl.zeros((BLOCK_K,), tl.float32)
+    if HAS_BASE:
+        base_row = tl.load(base + features, mask=inside, other=0.0)
+    for i in range(ROWS):
+        r = tl.program_id(0) * ROWS + i
+        if r < R:
+            start = tl.load(starts + r)
+            stop = tl.load(starts + r + 1)
+            total = tl.zeros((BLOCK_D,), tl.float32)
             for first in range(start, stop, BLOCK_K):
                 places = first + tl.arange(0, BLOCK_K)
                 mine = places < stop
-                tokens = (tl.load(keys + places, mask=mine, other=0) & 0xFFFFFFFF).to(tl.int64)
-                p = tl.load(probabilities + places, mask=mine, other=1.0)
-                y = tl.load(targets + tokens, mask=mine, other=-1)
-                lse = tl.load(logsumexps + tokens, mask=mine, other=0.0)
-                g = tl.load(weights + tokens, mask=mine, other=0.0)
-                x = coefficients(p, y == column, g, lse, beta, mean_weight, z_loss, softcap, CAPPED)
-                x = tl.where(mine, x, 0.0)
-                if NEED_C:
-                    rows = E + tokens[:, None] * stride_e + features[None, :]
-                    e = tl.load(rows, mask=mine[:, None] & inside[None, :], other=0.0).to(tl.float32)
-                    total += tl.sum(e * x[:, None], 0)
-                if NEED_BIAS:
-                    x_total += x
-            if NEED_C:
-                row = dC + tl.cast(column, tl.int64) * D
-                tl.store(row + features, total.to(dC.dtype.element_ty), mask=inside)
-            if NEED_BIAS and tl.program_id(1) == 0:
-                tl.store(dbias + column, tl.sum(x_total, 0) - tl.load(mean_bias))
+                index = tl.load(indices + places, mask=mine, other=0).to(tl.int64)
+                coefficient = tl.load(coefficients + places, mask=mine, other=0.0)
+                rows = X + index[:, None] * stride_x + features[None, :]
+                x = tl.load(rows, mask=mine[:, None] & inside[None, :], other=0.0).to(tl.float32)
+                total += tl.sum(x * coefficient[:, None], 0)
+            if HAS_BASE:
+                total -= tl.load(base_scales + r * stride_scale) * base_row
+            row = out + tl.cast(r, tl.int64) * D
+            tl.store(row + features, total.to(out.dtype.element_ty), mask=inside)
+
+
+def gather_rows(
+    X: Tensor,
+    starts: Tensor,
+    indices: Tensor,
+    coefficients: Tensor,
+    base: Tensor | None,
+    base_scales: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    R, D = len(starts) - 1, X.shape[1]
+    out = torch.empty(R, D, dtype=dtype, device=X.device)
+    # One warp a program: the sum over entries stays within each thread.
+    block, rows = feature_block(D, 256), 4 if R > 2**16 else 1
+    gather_rows_kernel[(triton.cdiv(R, rows), triton.cdiv(D, block))](
+        X,
+        starts,
+        indices,
+        coefficients,
+        X if base is None else base,
+        base_scales,
+        out,
+        R,
+        D,
+        X.stride(0),
+        1 if base_scales.dim() else 0,
+        HAS_BASE=base is not None,
+        ROWS=rows,
+        BLOCK_K=16,
+        BLOCK_D=block,
+        num_warps=1,
+    )
+    return out
 
 
 def list_entries(
@@ -287,8 +290,8 @@ def list_entries(
 ) -> tuple[Tensor, ...]:
     """The entries to keep, sorted.
 
-    Returns keys (column << 32 | token, ascending, `NO_ENTRY` at the end), their probabilities, the columns' first
-    places (V + 1,), the columns and probabilities by token, the tokens' first places (N + 1,), the kept mass (N,), and
+    Returns keys (column << 32 | token, ascending, `NO_ENTRY` at the end), their probabilities, the columns'
+    first places (V + 1,), the columns and probabilities by token, the tokens' first places (N + 1,), the kept mass (N,), and
     1 if there was no room for all (int32).
     """
     E, C, bias = operands.E, operands.C, operands.bias
@@ -307,8 +310,8 @@ def list_entries(
     list_pairs_kernel[(groups,)](group_maxima, thresholds, counts, offsets, pairs, FILL=True, **listing)
 
     tokens = torch.arange(N, device=device)
-    keys = torch.full((room + N,), NO_ENTRY, dtype=torch.int64, device=device)
-    keys[room:] = torch.where(kept, (targets.long() << 32) | tokens, NO_ENTRY)
+    keys = torch.full((room + N,), NO_ENTRY.value, dtype=torch.int64, device=device)
+    keys[room:] = torch.where(kept, (targets.long() << 32) | tokens, NO_ENTRY.value)
     probabilities = torch.zeros(room + N, device=device)
     probabilities[room:] = (target_logits - logsumexp).exp()
     k = operands.semantics
@@ -345,15 +348,12 @@ def list_entries(
     keys, order = torch.sort(keys)
     probabilities = probabilities[order]
     column_starts = torch.searchsorted(keys, torch.arange(V + 1, device=device) << 32).int()
-    by_token = torch.where(keys == NO_ENTRY, N, keys & 0xFFFFFFFF).int()
+    by_token = torch.where(keys == NO_ENTRY.value, N, keys & 0xFFFFFFFF).int()
     by_token, order = torch.sort(by_token, stable=True)
     token_starts = torch.searchsorted(by_token, torch.arange(N + 1, dtype=torch.int32, device=device)).int()
     token_columns = (keys[order] >> 32).int()
-    token_probabilities = probabilities[order]
-    kept_mass = torch.empty(N, device=device)
-    kept_mass_kernel[(N,)](token_starts, token_probabilities, kept_mass, BLOCK=128, num_warps=1)
-    kept_mass = torch.where(kept & (overflow == 0), kept_mass, 1.0)
-    return keys, probabilities, column_starts, token_columns, token_probabilities, token_starts, kept_mass, overflow
+    kept_mass = torch.where(kept & (overflow == 0), segment_sum(token_starts, probabilities[order]), 1.0)
+    return keys, probabilities, column_starts, token_columns, order.int(), token_starts, kept_mass, overflow
 
 
 def gather_gradients(
@@ -366,61 +366,42 @@ def gather_gradients(
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     E, C, bias, k = operands.E, operands.C, operands.bias, operands.semantics
-    (N, D), V, device = E.shape, len(C), E.device
+    V, device = len(C), E.device
     need_E, need_C, need_bias = needed
-    keys, probabilities, column_starts, token_columns, token_probabilities, token_starts = entries
+    keys, probabilities, column_starts, token_columns, token_places, token_starts = entries
     smooth = k.beta > 0
     weights = weights * k.scale
-    shared = {
-        "targets": targets,
-        "logsumexps": logsumexp,
-        "weights": weights,
-        "D": D,
-        "beta": k.beta,
-        "mean_weight": k.beta / V,
-        "z_loss": k.z_loss,
-        "softcap": k.softcap or 1.0,
-        "CAPPED": k.softcap is not None,
-        "BLOCK_K": 8,
-        "BLOCK_D": feature_block(D, 512),
-        "num_warps": 4,
-    }
-    blocks = triton.cdiv(D, feature_block(D, 512))
+    mean_weights = weights * k.mean_weight(V)
+    tokens = torch.empty(len(keys), dtype=torch.int32, device=device)
+    coefficients = torch.empty(len(keys), device=device)
+    coefficients_kernel[(triton.cdiv(len(keys), 1024),)](
+        keys,
+        probabilities,
+        targets,
+        logsumexp,
+        weights,
+        tokens,
+        coefficients,
+        len(keys),
+        k.beta,
+        k.mean_weight(V),
+        k.z_loss,
+        k.softcap or 1.0,
+        CAPPED=k.softcap is not None,
+        BLOCK=1024,
+    )
     dE = dC = dbias = None
     if need_E:
-        dE = torch.empty_like(E, memory_format=torch.contiguous_format)
-        hidden_gradient_kernel[(N, blocks)](
-            C=C,
-            token_starts=token_starts,
-            token_columns=token_columns,
-            token_probabilities=token_probabilities,
-            head_sum=weighted_row_sum(C) if smooth else logsumexp,
-            dE=dE,
-            stride_c=C.stride(0),
-            SMOOTH=smooth,
-            **shared,
-        )
-    if need_C or need_bias:
-        dC = torch.empty(V, D, dtype=head_dtype, device=device) if need_C else None
-        dbias = torch.empty(V, device=device) if need_bias else None
-        mean_weights = weights * (k.beta / V)
-        head_gradient_kernel[(triton.cdiv(V, 4), blocks if need_C else 1)](
-            E=E,
-            column_starts=column_starts,
-            keys=keys,
-            probabilities=probabilities,
-            mean_row=weighted_row_sum(E, mean_weights) if smooth else torch.zeros(D, device=device),
-            mean_bias=mean_weights.sum(),
-            dC=logsumexp if dC is None else dC,
-            dbias=logsumexp if dbias is None else dbias,
-            V=V,
-            stride_e=E.stride(0),
-            NEED_C=need_C,
-            NEED_BIAS=need_bias,
-            COLUMNS=4,
-            **shared,
-        )
-    return dE, dC, dbias if dbias is None or bias is None else dbias.to(bias.dtype)
+        by_token = coefficients[token_places]
+        head_sum = row_sum(C) if smooth else None
+        dE = gather_rows(C, token_starts, token_columns, by_token, head_sum, mean_weights, E.dtype)
+    if need_C:
+        mean_row = row_sum(E, mean_weights) if smooth else None
+        one = torch.ones((), device=device)
+        dC = gather_rows(E, column_starts, tokens, coefficients, mean_row, one, head_dtype)
+    if need_bias and bias is not None:
+        dbias = (segment_sum(column_starts, coefficients) - mean_weights.sum()).to(bias.dtype)
+    return dE, dC, dbias
 
 
 @torch.library.custom_op("calsmooth::filtered_losses", mutates_args=())
@@ -463,7 +444,7 @@ def _(E: Tensor, C: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         floats(size),
         integers(V + 1),
         integers(size),
-        floats(size),
+        integers(size),
         integers(N + 1),
         E.new_empty((), dtype=torch.int32),
     )
@@ -480,7 +461,7 @@ def filtered_gradients(
     probabilities: Tensor,
     column_starts: Tensor,
     token_columns: Tensor,
-    token_probabilities: Tensor,
+    token_places: Tensor,
     token_starts: Tensor,
     overflow: Tensor,
     weights: Tensor,  # (N,) incoming gradients
@@ -500,7 +481,7 @@ def filtered_gradients(
     if overflow.item():
         made = gradients(operands, targets, logsumexp, weights, head_dtype, needed, LEAN_BYTES)
     else:
-        entries = (keys, probabilities, column_starts, token_columns, token_probabilities, token_starts)
+        entries = (keys, probabilities, column_starts, token_columns, token_places, token_starts)
         made = gather_gradients(operands, targets, logsumexp, weights, entries, head_dtype, needed)
     dE, dC, dbias = (E.new_empty(0) if g is None else g for g in made)
     return dE, dC, dbias

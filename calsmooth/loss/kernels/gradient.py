@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from calsmooth.loss.kernels.products import accumulate, product, product_plus_row
-from calsmooth.loss.kernels.rows import finish_hidden, scale_rows, weighted_row_sum
+from calsmooth.loss.kernels.rows import finish_hidden, row_sum, scale_rows
 from calsmooth.loss.kernels.tiles import LOG2E, Operands, padded_matrix, product_tile, to_logits
 
 MIN_WIDTH = 4096
@@ -87,6 +87,7 @@ def gradients(
     head_dtype: torch.dtype,
     needed: tuple[bool, bool, bool],  # E, C, bias
     buffer_bytes: int,
+    hidden_dtype: torch.dtype | None = None,  # of dE; E's if None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     E, C, bias, k = operands.E, operands.C, operands.bias, operands.semantics
     (N, D), V, device = E.shape, len(C), E.device
@@ -100,7 +101,7 @@ def gradients(
     factor = 16.0 if narrow else 1.0
     lift = weights.abs().amax().clamp(min=1e-30) if narrow else torch.ones((), device=device)
     e = scale_rows(E, weights / lift) if need_C else None
-    mean_row = weighted_row_sum(E, weights * (-k.beta / V)) if need_C and rank_one else None
+    mean_row = row_sum(E, weights * -k.mean_weight(V)) if need_C and rank_one else None
 
     dE_sum = torch.zeros(N, D, device=device) if need_E else None
     dC = torch.empty(V, D, dtype=head_dtype, device=device) if need_C else None
@@ -128,7 +129,7 @@ def gradients(
             stride_out=G.stride(0),
             parts=parts,
             target_weight=1.0 - k.beta,
-            mean_weight=k.beta / V,
+            mean_weight=k.mean_weight(V),
             z_loss=k.z_loss,
             factor=factor,
             **operands.arguments(),
@@ -152,19 +153,19 @@ def gradients(
     del buffer, e
     dE = None
     if dE_sum is not None:
-        dE = torch.empty_like(E, memory_format=torch.contiguous_format)
-        head_sum = weighted_row_sum(C) if rank_one else None
+        dE = torch.empty(N, D, dtype=hidden_dtype or E.dtype, device=device)
+        head_sum = row_sum(C) if rank_one else None
         finish_hidden(
             dE,
             dE_sum,
             C,
             targets,
             row_scales=weights / factor,
-            mean_scales=weights * (k.beta / V),
+            mean_scales=weights * k.mean_weight(V),
             head_sum=head_sum,
         )
     if dbias is not None and bias is not None:
         if rank_one:
-            dbias -= weights.sum() * (k.beta / V)
+            dbias -= weights.sum() * k.mean_weight(V)
         dbias = dbias.to(bias.dtype)
     return dE, dC, dbias

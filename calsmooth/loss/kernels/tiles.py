@@ -77,6 +77,11 @@ class Semantics:
     softcap: float | None
     scale: float
     z_loss: float
+    vocabulary: int | None = None  # of the whole head, where C is a shard of it
+
+    def mean_weight(self, V: int) -> float:
+        """beta / V: the smoothing term's weight of each logit."""
+        return self.beta / (self.vocabulary or V)
 
     def constants(self, bias: Tensor | None) -> dict[str, Any]:
         return {"HAS_BIAS": bias is not None, "SCALED": self.scale != 1.0, "CAPPED": self.softcap is not None}

@@ -253,7 +253,7 @@ def walk(
         N,
         len(maxima),
         k.beta,
-        k.beta / V,
+        k.mean_weight(V),
         k.z_loss,
         LOGIT_SUM=z_sum is not None,
         STATISTICS=statistics,
