@@ -49,7 +49,7 @@ def linear_cross_entropy(problem: Problem) -> Tensor:
         p.kept_mass.fill_(1.0)
     if p.mode == "exact" and (grad_E or grad_C) and _three_products_do(p, grad_bias):
         loss, *_ = loss_and_gradients(
-            E, C, bias, targets, p.label_smoothing, p.scale, p.z_loss, p.reduction == "mean",
+            E, C, bias, targets, p.label_smoothing, p.softcap, p.scale, p.z_loss, p.reduction == "mean",
             p.head_gradient_dtype, grad_E, grad_C,
         )  # fmt: skip
         return loss
@@ -67,7 +67,7 @@ def marked_targets(targets: Tensor, ignore_index: int) -> Tensor:
 
 def _three_products_do(p: Problem, grad_bias: bool) -> bool:
     """Whether gradients can be made in the forward: see `kernels.exact`."""
-    return p.reduction != "none" and p.softcap is None and not grad_bias and p.hidden_states.dtype == torch.bfloat16
+    return p.reduction != "none" and not grad_bias and p.hidden_states.dtype == torch.bfloat16
 
 
 def _reduce(losses: Tensor, targets: Tensor, reduction: str) -> Tensor:

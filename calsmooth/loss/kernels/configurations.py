@@ -21,6 +21,7 @@ class Configuration:
     stages: int
     descriptors: bool  # tensor-memory descriptors (Hopper and later) or plain pointers
     programs_per_sm: int = 1
+    flatten: bool = False  # one loop over tiles and features: the next tile's loads begin under this one's arithmetic
 
 
 SHORT = 1024

@@ -16,7 +16,7 @@ Where a target lies so far below its row's top that the sums leave a safe range,
 such a row are made again with the row's maximum as reference. That is decided on the device: two launches that mostly
 find nothing to do.
 
-Without a softcap only: with one, the smoothing term isn't rank one and needs l_i before anything is written (`lean`).
+Without a softcap only: with one, the smoothing term isn't rank one and needs l_i before it is written (`capped`).
 """
 
 from typing import Any
@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from calsmooth.loss.kernels import capped
 from calsmooth.loss.kernels.lean import WIDE_BYTES, token_gradients
 from calsmooth.loss.kernels.products import accumulate, product, product_plus_row
 from calsmooth.loss.kernels.rows import (
@@ -36,11 +37,8 @@ from calsmooth.loss.kernels.rows import (
     scale_rows,
     target_logits,
 )
-from calsmooth.loss.kernels.tiles import LOG2E, Operands, Semantics, padded_matrix, product_tile, to_logits
+from calsmooth.loss.kernels.tiles import LOG2E, Operands, Semantics, chunk_rows, padded_matrix, product_tile, to_logits
 from calsmooth.loss.kernels.walk import maxima_and_sums
-
-BUFFER_BYTES = 2**30
-"""One chunk's P: long enough for the products to run at full speed, small beside a large head and its gradient."""
 
 SAFE_SUM = tl.constexpr(5e21)
 """exp(50). Its inverse times a weight and an E stays a normal bfloat16, as does a row's largest entry."""
@@ -72,6 +70,7 @@ def exponential_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    FLATTEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -102,7 +101,7 @@ def exponential_kernel(
 
     s = tl.zeros((BLOCK_N,), tl.float32)
     z_sum = tl.zeros((BLOCK_N,), tl.float32)
-    for step in range(steps):
+    for step in tl.range(0, steps, flatten=FLATTEN):
         column = (step * parts + part) * BLOCK_V
         columns = column + tl.arange(0, BLOCK_V)
         z = product_tile(e, c, row, column, N, V, D, stride_e, stride_c, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS)
@@ -262,13 +261,6 @@ def losses_and_gradients(
     return losses, lse, dE, dC
 
 
-def chunk_rows(N: int, row_bytes: int, block: int) -> int:
-    """Tokens a chunk: as many as the buffer holds, chunks of about the same size, whole blocks."""
-    most = max(BUFFER_BYTES // row_bytes // block, 1) * block
-    chunks = triton.cdiv(N, most)
-    return triton.cdiv(triton.cdiv(N, chunks), block) * block
-
-
 @torch.library.custom_op("calsmooth::loss_and_gradients", mutates_args=())
 def loss_and_gradients(
     E: Tensor,  # (N, D)
@@ -276,6 +268,7 @@ def loss_and_gradients(
     bias: Tensor | None,  # (V,), without a gradient
     targets: Tensor,  # (N,) int32, -1: ignored
     beta: float,
+    softcap: float | None,
     scale: float,
     z_loss: float,
     mean: bool,  # or the sum
@@ -284,9 +277,10 @@ def loss_and_gradients(
     need_C: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, (N,) log-sum-exps, dE and dC (empty where not needed) for an incoming gradient of 1."""
-    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, None, scale, z_loss))
+    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss))
     weights = _weights(targets, mean)
-    losses, lse, dE, dC = losses_and_gradients(operands, targets, weights, head_dtype, need_E, need_C)
+    make = losses_and_gradients if softcap is None else capped.losses_and_gradients
+    losses, lse, dE, dC = make(operands, targets, weights, head_dtype, need_E, need_C)
     nothing = E.new_empty(0)
     return (losses * weights).sum(), lse, nothing if dE is None else dE, E.new_empty(0) if dC is None else dC
 
@@ -326,23 +320,23 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     need_E, need_C = ctx.needs_input_grad[:2]
     if grad is None:
-        return (None,) * 11
+        return (None,) * 12
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:
         # The graph was kept and the gradients went out with the first backward: make them again.
         E, C, bias, targets, logsumexp = ctx.saved_tensors
-        beta, scale, z_loss, mean, head_dtype, *_ = ctx.options
+        beta, softcap, scale, z_loss, mean, head_dtype, *_ = ctx.options
         weights = _weights(targets, mean) * grad
         dE, dC, _ = token_gradients(
             E, C, bias, targets, logsumexp, weights,
-            beta, None, scale, z_loss, head_dtype, WIDE_BYTES, need_E, need_C, False,
+            beta, softcap, scale, z_loss, head_dtype, WIDE_BYTES, need_E, need_C, False,
         )  # fmt: skip
     else:
         dE, dC = gradients
         for needed, gradient in ((need_E, dE), (need_C, dC)):
             if needed:
                 scale_(gradient, grad)
-    return (dE if need_E else None, dC if need_C else None, *(None,) * 9)
+    return (dE if need_E else None, dC if need_C else None, *(None,) * 10)
 
 
 loss_and_gradients.register_autograd(_backward, setup_context=_setup)

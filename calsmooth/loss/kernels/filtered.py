@@ -291,8 +291,8 @@ def list_entries(
     """The entries to keep, sorted.
 
     Returns keys (column << 32 | token, ascending, `NO_ENTRY` at the end), their probabilities, the columns'
-    first places (V + 1,), the columns and probabilities by token, the tokens' first places (N + 1,), the kept mass (N,), and
-    1 if there was no room for all (int32).
+    first places (V + 1,), the columns by token, each token's places in the first list, their first
+    places (N + 1,), the kept mass (N,), and 1 if there was no room for all (int32).
     """
     E, C, bias = operands.E, operands.C, operands.bias
     N, V, device = len(E), len(C), E.device

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calsmooth.loss.kernels.products import accumulate, product, product_plus_row
+from calsmooth.loss.kernels.products import accumulate, product
 from calsmooth.loss.kernels.rows import finish_hidden, row_sum, scale_rows
 from calsmooth.loss.kernels.tiles import LOG2E, Operands, padded_matrix, product_tile, to_logits
 
@@ -50,6 +50,7 @@ def gradient_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    FLATTEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -61,7 +62,8 @@ def gradient_kernel(
     lse = tl.load(logsumexps + rows, mask=rows < N, other=0.0)
     y = tl.load(targets + rows, mask=rows < N, other=-1)
     softmax_weight = factor * (1.0 + 2.0 * z_loss * lse)
-    for step in range(tl.cdiv(tl.cdiv(last - first, BLOCK_V), parts)):
+    steps = tl.cdiv(tl.cdiv(last - first, BLOCK_V), parts)
+    for step in tl.range(0, steps, flatten=FLATTEN):
         column = first + (step * parts + part) * BLOCK_V
         columns = column + tl.arange(0, BLOCK_V)
         z = product_tile(e, c, row, column, N, V, D, stride_e, stride_c, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS)
@@ -100,8 +102,16 @@ def gradients(
     narrow = E.dtype == torch.float16
     factor = 16.0 if narrow else 1.0
     lift = weights.abs().amax().clamp(min=1e-30) if narrow else torch.ones((), device=device)
-    e = scale_rows(E, weights / lift) if need_C else None
     mean_row = row_sum(E, weights * -k.mean_weight(V)) if need_C and rank_one else None
+    # The smoothing term's row goes along as one more token, whose G is 1 everywhere.
+    extra = 8 if mean_row is not None and not narrow else 0
+    e = None
+    if need_C:
+        e = torch.empty(N + extra, D, dtype=E.dtype, device=device)
+        scale_rows(E, weights / lift, out=e)
+        if mean_row is not None and extra:
+            e[N:] = 0.0
+            e[N] = mean_row
 
     dE_sum = torch.zeros(N, D, device=device) if need_E else None
     dC = torch.empty(V, D, dtype=head_dtype, device=device) if need_C else None
@@ -113,13 +123,14 @@ def gradients(
         two_weights = torch.stack([high, (weights - high.float()).to(E.dtype)], 1)
 
     block = operands.configuration.block_v
-    width = max(buffer_bytes // (N * E.element_size()), min(MIN_WIDTH, V)) // block * block
+    width = max(buffer_bytes // ((N + extra) * E.element_size()), min(MIN_WIDTH, V)) // block * block
     width = min(max(width, block), V)
-    buffer = padded_matrix(N, width, E.dtype, device)
+    buffer = padded_matrix(N + extra, width, E.dtype, device)
+    buffer[N:] = 1.0
     parts = operands.splits(width)
     for first in range(0, V, width):
         last = min(first + width, V)
-        G, c = buffer[:, : last - first], C[first:last]
+        G, longer, c = buffer[:N, : last - first], buffer[:, : last - first], C[first:last]
         gradient_kernel[(operands.row_blocks * parts,)](
             out=operands.described(G),
             targets=targets,
@@ -141,12 +152,10 @@ def gradients(
             if narrow:
                 total = product(G.T, e) * (lift / factor)
                 strip.copy_(total if mean_row is None else total + mean_row)
-            elif mean_row is not None:
-                product_plus_row(strip, mean_row, G.T, e)
             elif strip.dtype == e.dtype:
-                torch.mm(G.T, e, out=strip)
+                torch.mm(longer.T, e, out=strip)
             else:
-                strip.copy_(product(G.T, e))
+                strip.copy_(product(longer.T, e))
         if dbias is not None and two_weights is not None:
             dbias[first:last] = product(G.T, two_weights).sum(1) / factor
 

@@ -2,7 +2,7 @@
 
 Four products in all. Beside the gradients there are a strip of logits' gradients, dE's float32 sum and a scaled copy
 of E, and nothing lives between forward and backward. The exact mode falls back to this, with wider strips, for what
-its own three products can't do: per-token incoming gradients, softcap, float16 and a bias that wants a gradient.
+its own three products can't do: per-token incoming gradients, float16, and a bias that wants a gradient.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from calsmooth.loss.kernels.rows import target_logits
 from calsmooth.loss.kernels.tiles import Operands, Semantics
 from calsmooth.loss.kernels.walk import walk
 
-LEAN_BYTES = 88 * 2**20
+LEAN_BYTES = 116 * 2**20
 """One strip's buffer in lean mode."""
 
 WIDE_BYTES = 512 * 2**20

@@ -171,10 +171,11 @@ def scale_rows_kernel(X, scales, out, D, stride, BLOCK_D: tl.constexpr):
     tl.store(out + n * D + features, (x * scale).to(out.dtype.element_ty), mask=features < D)
 
 
-def scale_rows(X: Tensor, scales: Tensor) -> Tensor:
-    """scales_n X_n in X's dtype, rows of scale 0 without reading them."""
+def scale_rows(X: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
+    """scales_n X_n in X's dtype, rows of scale 0 without reading them; `out` may have more rows."""
     N, D = X.shape
-    out = torch.empty(N, D, dtype=X.dtype, device=X.device)
+    if out is None:
+        out = torch.empty(N, D, dtype=X.dtype, device=X.device)
     block = feature_block(D)
     scale_rows_kernel[(N, triton.cdiv(D, block))](X, scales, out, D, X.stride(0), BLOCK_D=block, num_warps=4)
     return out

@@ -135,6 +135,7 @@ class Operands:
             BLOCK_V=k.block_v,
             BLOCK_D=k.block_d,
             DESCRIPTORS=k.descriptors,
+            FLATTEN=k.flatten,
             num_warps=k.warps,
             num_stages=k.stages,
             **self.semantics.constants(self.bias),
@@ -150,3 +151,14 @@ def padded_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.dev
     """(rows, columns) whose rows start at multiples of 128 bytes."""
     width = triton.cdiv(columns * dtype.itemsize, 128) * 128 // dtype.itemsize
     return torch.empty(rows, width, dtype=dtype, device=device)[:, :columns]
+
+
+BUFFER_BYTES = 2**30
+"""The exact mode's chunk of N x V: long enough for the products to run at full speed, small beside a large head."""
+
+
+def chunk_rows(N: int, row_bytes: int, block: int) -> int:
+    """Tokens a chunk: as many as the buffer holds, chunks of about the same size, whole blocks."""
+    most = max(BUFFER_BYTES // row_bytes // block, 1) * block
+    chunks = triton.cdiv(N, most)
+    return triton.cdiv(triton.cdiv(N, chunks), block) * block

@@ -34,6 +34,9 @@ def walk_kernel(
     group_maxima,  # (V / GROUP, N) bfloat16 (GROUPS)
     top_tokens,  # (splits, N) int32 (STATISTICS)
     weighted_sums,  # (splits, N) sum of exp(z - maximum) (z - maximum) (STATISTICS)
+    stored,  # (N, V) z - reference (STORE)
+    references,  # (N,) (STORE)
+    stride_stored,
     N,
     V,
     D,
@@ -46,6 +49,7 @@ def walk_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    FLATTEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -54,6 +58,7 @@ def walk_kernel(
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     STATISTICS: tl.constexpr,
+    STORE: tl.constexpr,
 ):
     row_blocks = tl.cdiv(N, BLOCK_N)
     block = tl.program_id(0) % row_blocks
@@ -69,7 +74,9 @@ def walk_kernel(
     z_sum = tl.zeros((BLOCK_N,), tl.float32)
     w = tl.zeros((BLOCK_N,), tl.float32)
     top = tl.zeros((BLOCK_N,), tl.int32)
-    for step in range(steps):
+    if STORE:
+        reference = tl.load(references + rows, mask=rows < N, other=0.0)
+    for step in tl.range(0, steps, flatten=FLATTEN):
         column = (step * parts + part) * BLOCK_V
         columns = column + tl.arange(0, BLOCK_V)
         z = product_tile(e, c, row, column, N, V, D, stride_e, stride_c, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS)
@@ -78,6 +85,14 @@ def walk_kernel(
             z_sum += tl.sum(z, 1)  # columns beyond V are still 0
         if column + BLOCK_V > V:
             z = tl.where(columns[None, :] < V, z, float("-inf"))
+        if STORE:
+            difference = z - reference[:, None]
+            if DESCRIPTORS:
+                stored.store([row, column], difference.to(stored.dtype))
+            else:
+                where = stored + rows.to(tl.int64)[:, None] * stride_stored + columns[None, :]
+                inside = (rows < N)[:, None] & (columns < V)[None, :]
+                tl.store(where, difference.to(stored.dtype.element_ty), mask=inside)
         if GROUPS:
             group_max = tl.max(tl.reshape(z, (BLOCK_N, BLOCK_V // GROUP, GROUP)), 2)
             groups = column // GROUP + tl.arange(0, BLOCK_V // GROUP)
@@ -189,6 +204,8 @@ def maxima_and_sums(
     logit_sum: bool = False,
     group_maxima: Tensor | None = None,
     statistics: bool = False,
+    stored: Tensor | None = None,
+    references: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The walk kernel's partial results, (parts, N) each."""
     N, V, device = len(operands.E), len(operands.C), operands.E.device
@@ -205,12 +222,16 @@ def maxima_and_sums(
         group_maxima=_or(group_maxima, partial[0]),
         top_tokens=_or(top, partial[0]),
         weighted_sums=_or(weighted, partial[0]),
+        stored=partial[0] if stored is None else operands.described(stored),
+        references=_or(references, partial[0]),
+        stride_stored=0 if stored is None else stored.stride(0),
         parts=parts,
         ONLY=only is not None,
         LOGIT_SUM=logit_sum,
         GROUPS=group_maxima is not None,
         GROUP=min(GROUP, operands.configuration.block_v),
         STATISTICS=statistics,
+        STORE=stored is not None,
         **operands.arguments(),
     )
     return partial[0], partial[1], z_sum, top, weighted
@@ -223,11 +244,18 @@ def walk(
     *,
     group_maxima: Tensor | None = None,
     statistics: bool = False,
+    stored: Tensor | None = None,
 ) -> Walked:
+    """One pass over the vocabulary; on request with group maxima, statistics, or the logits less the target's."""
     N, V, device = len(operands.E), len(operands.C), operands.E.device
     k = operands.semantics
     maxima, sums, z_sum, top, weighted = maxima_and_sums(
-        operands, logit_sum=k.beta > 0, group_maxima=group_maxima, statistics=statistics
+        operands,
+        logit_sum=k.beta > 0,
+        group_maxima=group_maxima,
+        statistics=statistics,
+        stored=stored,
+        references=target_logits,
     )
     losses, lse = torch.empty(N, device=device), torch.empty(N, device=device)
     found = None
