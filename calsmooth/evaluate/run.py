@@ -42,10 +42,14 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """`results` is what results.json holds; `folder` has predictions.jsonl, results.json, reliability.png and .svg."""
+    """`results` is what results.json holds; `folder` has predictions.jsonl, results.json, reliability.png and .svg.
+
+    panels: each task's part of the picture, for drawing it beside another run's.
+    """
 
     results: dict[str, Any]
     predictions: list[Prediction]
+    panels: dict[str, Reliability]
     folder: Path
 
 
@@ -96,10 +100,11 @@ def run(config: ChoicesConfig) -> EvaluateResult:
     if predictions:
         write_predictions(folder / "predictions.jsonl", predictions)
     write_json(folder / "results.json", results)
-    figure = plot_reliability([task.panel for task in tasks.values()])
+    panels = {name: task.panel for name, task in tasks.items()}
+    figure = plot_reliability(list(panels.values()))
     for suffix in ("png", "svg"):
         save_figure(figure, folder / f"reliability.{suffix}")
-    return EvaluateResult(results, predictions, folder)
+    return EvaluateResult(results, predictions, panels, folder)
 
 
 def _load(task: Task, config: ChoicesConfig) -> TaskData:

@@ -164,7 +164,7 @@ def test_without_a_file_it_evaluates_first(tmp_path, monkeypatch):
     def evaluate(config):
         asked.append(config)
         write_predictions(config.output / "predictions.jsonl", make_predictions(80))
-        return evaluation.EvaluateResult({}, [], config.output)
+        return evaluation.EvaluateResult({}, [], {}, config.output)
 
     monkeypatch.setattr(evaluation, "run", evaluate)
     output = tmp_path / "o"
