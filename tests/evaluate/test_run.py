@@ -204,3 +204,30 @@ def test_a_used_folder_is_refused(config, tmp_path):
     (tmp_path / "out" / "something").write_text("")
     with pytest.raises(UsageError, match="holds files already"):
         run(config())
+
+
+def test_the_demo_task_is_asked_as_a_conversation(config, tmp_path, monkeypatch):
+    file = tmp_path / "questions.jsonl"
+    rows = [
+        {
+            "id": f"q{i}",
+            "subject": "sky" if i % 2 else "roof",
+            "question": f"Which color is number {i}?",
+            "choices": ["blue", "light red"],
+            "answer": i % 2,
+            "probabilities": [0.7, 0.3],
+        }
+        for i in range(10)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("calsmooth.evaluate.tasks.demo.QUESTIONS_FILE", file)
+    result = run(config(task=("demo",), data_dir=None))
+    task = result.results["tasks"]["demo"]
+    assert (task["format"], task["prompt"], task["shots"], task["n"]) == ("cloze", "conversation", 0, 10)
+    assert set(task["subjects"]) == {"sky", "roof"}
+    assert result.results["notes"] == []
+    shot = run(config(task=("demo",), data_dir=None, shots=5, output=tmp_path / "shots"))
+    assert "demo: only 0 of 5 solved examples exist" in shot.results["notes"]
+    file.write_text(json.dumps(rows[0] | {"answer": 2}) + "\n")
+    with pytest.raises(CalsmoothError, match=r"line 1: the answer must be an index from 0 to 1, got 2"):
+        run(config(task=("demo",), data_dir=None, output=tmp_path / "bad"))
