@@ -262,7 +262,8 @@ def _attempt(work: Callable[[], None]) -> str | None:
 
 def _describe(error: Exception) -> str:
     text = " ".join(str(error).split()) or "no message"
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in text:
+    # The CPU's allocator has no exception type of its own.
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
         return "out of memory"
     return f"{type(error).__name__}: {text if len(text) <= 200 else text[:197] + '...'}"
 

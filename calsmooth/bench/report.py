@@ -92,7 +92,7 @@ def result_table(rows: list[Row]) -> Table:
             table.add_row(f"{row.label}: [red]{_escape(row.error)}[/red]", _beta(row), *["-"] * 6)
             continue
         style = "dim" if row.method == ROOFLINE else "bold" if row.method == "calsmooth" else None
-        spread = f" ±{row.total_ms_spread:.1g}" if row.total_ms_spread is not None else ""
+        spread = f" ±{_spread(row.total_ms_spread)}" if row.total_ms_spread is not None and row.repeats > 1 else ""
         table.add_row(
             row.label,
             _beta(row),
@@ -262,6 +262,10 @@ def _ms(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _spread(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1g}"
 
 
 def _escape(text: str) -> str:
