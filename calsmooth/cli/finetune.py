@@ -1,5 +1,6 @@
 """`calsmooth finetune`."""
 
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from calsmooth.models import BUILT_IN
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from calsmooth.finetune.probe import ProbeResult
     from calsmooth.finetune.run import Plan
 
 
@@ -29,9 +31,11 @@ def finetune(config: FinetuneConfig, output: Output) -> None:
     model = "the built-in model" if config.model == BUILT_IN else config.model
     dataset = "the built-in data" if config.dataset == BUILT_IN else config.dataset
     console.say(f"Fine-tuning {model} on {dataset} with label smoothing beta = {config.beta:g}.")
+    from rich.console import Group
+
     from calsmooth.finetune.run import run
 
-    result = run(config)
+    result = run(config, _announce)
     shown: list[Any] = [_summary_line(result.summary)]
     answer: dict[str, Any] = {"folder": str(result.folder), **result.summary}
     files = [str(result.folder / "loss.png")]
@@ -43,14 +47,25 @@ def finetune(config: FinetuneConfig, output: Output) -> None:
         answer["evaluation"] = {name: e["tasks"] for name, e in evaluations.items()}
         shown.append(_before_after(evaluations))
         files += [str(result.folder / name / "reliability.png") for name in evaluations]
-    output.show(*shown, result=answer)
+    output.show(Group(*shown), result=answer)
     console.say(f"Model: {result.model}\nPictures: {', '.join(files)}")
 
 
+def _announce(plan: "Plan", probe: "ProbeResult") -> None:
+    """Before the first step: what the run comes to, and that the fused loss is this model's own."""
+    console.say(_plan_line(plan))
+    console.say(
+        f"The fused loss equals the model's own logits and cross-entropy: relative difference {probe.loss:.0e}, "
+        f"of gradients {max(probe.head_gradient, probe.decoder_gradient):.0e}."
+    )
+
+
 def _summary_line(summary: dict[str, Any]) -> str:
+    memory = summary["peak_memory_bytes"]
     return (
-        f"{summary['steps']} steps, {summary['tokens']:,} target tokens in {summary['seconds']:.0f} s; "
-        f"final loss {summary['final_loss']:.4f}."
+        f"{summary['steps']} steps, {summary['tokens']:,} target tokens in {summary['seconds']:.0f} s"
+        + (f", peak memory {memory / 1e9:.2f} GB" if memory else "")
+        + f"; loss from {summary['first_loss']:.4f} to {summary['final_loss']:.4f} a token."
     )
 
 
@@ -92,21 +107,29 @@ def _before_after(evaluations: dict[str, dict[str, Any]]) -> "Table":
 
 
 def _show_plan(config: FinetuneConfig, output: Output) -> None:
+    from rich.console import Group
     from rich.text import Text
 
+    from calsmooth.data import IGNORED
     from calsmooth.finetune.run import prepare
 
     plan, tokenizer = prepare(config)
     example = plan.examples.examples[0]
     text = Text()
-    for token, label in zip(example.input_ids, example.labels, strict=True):
-        text.append(str(tokenizer.decode([token])), style="dim" if label == -100 else "bold")
-    output.show(
+    # Stretches, not tokens, are decoded: a character may be made of several tokens.
+    for ignored, stretch in groupby(range(len(example.labels)), key=lambda i: example.labels[i] == IGNORED):
+        text.append(
+            str(tokenizer.decode([example.input_ids[i] for i in stretch])), style="dim" if ignored else "bold green"
+        )
+    shown = [
         Text(plan.config.to_yaml()),
-        Text("First example; the model learns what is bold:", style="italic"),
+        Text("The first example; what is dim is read, what is bold is learned:", style="italic"),
         text,
-        Text(""),
+        Text(),
         _plan_line(plan),
+    ]
+    output.show(
+        Group(*shown),
         result={
             "config": plan.config.to_dict(),
             "rows": plan.examples.rows,
@@ -126,8 +149,12 @@ def _show_plan(config: FinetuneConfig, output: Output) -> None:
 
 def _plan_line(plan: "Plan") -> str:
     e = plan.examples
+    left_out = {"bad": e.bad, "without a response within --max-length": e.dropped}
+    notes = [f"{n:,} {why} left out" for why, n in left_out.items() if n]
+    notes += [f"{e.truncated:,} cut at --max-length"] if e.truncated else []
+    more = f" ({', '.join(notes)})" if notes else ""
     return (
-        f"{e.rows} rows ({e.bad} bad, {e.dropped} without a target, {e.truncated} cut) of format {e.format}, template {e.template}: "
-        f"{sum(len(x.input_ids) for x in e.examples):,} tokens, {plan.target_tokens:,} of them targets; "
-        f"{plan.steps} steps of {plan.config.batch_size} examples ({plan.accumulation} x {plan.micro_batch})."
+        f"{e.rows:,} rows{more}, format {e.format}, template {e.template}: "
+        f"{sum(len(x.input_ids) for x in e.examples):,} tokens, {plan.target_tokens:,} of them targets.\n"
+        f"{plan.steps:,} steps of {plan.config.batch_size} examples ({plan.accumulation} x {plan.micro_batch})."
     )

@@ -14,6 +14,8 @@ from calsmooth.config import Settings, field_type, load
 
 C = TypeVar("C", bound=Settings)
 
+_METAVARS: dict[type, str] = {str: "TEXT", int: "N", float: "X", Path: "PATH"}
+
 
 @dataclass(frozen=True)
 class Output:
@@ -74,16 +76,24 @@ def _from_flag(config_class: type[Settings], name: str, value: Any) -> Any:
 def _parameter(config_class: type[Settings], f: "Field[Any]") -> inspect.Parameter:
     element, is_tuple, _ = field_type(config_class, f.name)
     m = f.metadata
-    shown = m["shown_default"] or ("" if f.default is None else _show(f.default))
+    shown = m["shown_default"] or ("" if f.default is None or f.default is False else _show(f.default))
+    # Typer itself would show None, which is what an unset flag is, or put the words in parentheses.
     help_text = m["help"] + (f" One of: {', '.join(m['choices'])}." if m["choices"] else "")
-    common: dict[str, Any] = {"help": help_text, "metavar": m["metavar"], "rich_help_panel": m["panel"]}
+    help_text += f" [dim]\\[default: {shown}][/dim]" if shown else ""
+    metavar = m["metavar"] or _METAVARS.get(element)
+    common: dict[str, Any] = {
+        "help": help_text,
+        "metavar": f"{metavar},..." if is_tuple and metavar and not m["metavar"] else metavar,
+        "rich_help_panel": m["panel"],
+        "show_default": False,
+    }
     info: Any
     if m["argument"]:
-        info = typer.Argument(show_default=shown or False, **common)
+        info = typer.Argument(**common)
     else:
         dashed = f.name.replace("_", "-")
         flags = m["flags"] or ((f"--{dashed}/--no-{dashed}",) if element is bool and f.default else (f"--{dashed}",))
-        info = typer.Option(*flags, show_default=shown or False, **common)
+        info = typer.Option(*flags, **common)
     # Unset flags arrive as None, so that a YAML value can be told from a default.
     annotation: Any = (list[str] if is_tuple else element) | None
     return inspect.Parameter(
