@@ -93,8 +93,9 @@ def result_table(rows: list[Row]) -> Table:
             continue
         style = "dim" if row.method == ROOFLINE else "bold" if row.method == "calsmooth" else None
         spread = f" ±{_spread(row.total_ms_spread)}" if row.total_ms_spread is not None and row.repeats > 1 else ""
+        kept = f", keeps {row.kept_mass:.3f} of the mass" if row.kept_mass is not None else ""
         table.add_row(
-            row.label,
+            row.label + kept,
             _beta(row),
             _ms(row.forward_ms),
             _ms(row.backward_ms),
