@@ -77,9 +77,11 @@ def result_table(rows: list[Row]) -> Table:
     """The rows of one problem, fastest first within each label smoothing, the roofline on top."""
     first = rows[0]
     frozen = f", {first.frozen} frozen" if first.frozen != "none" else ""
+    repeats = max(row.repeats for row in rows)
+    rounds = f"medians of {repeats} rounds" if repeats > 1 else "a single round"
     table = Table(
         title=f"{_shape_words(first)}, {first.tokens:,} tokens, {first.dtype}{frozen}",
-        caption="median ms of forward, backward, both, and of the loss alone (eval); peak: memory above the inputs, "
+        caption=f"ms of forward, backward, both, and of the loss alone (eval), {rounds}; peak: memory above the inputs, "
         "gradients included; error: gradients against float64",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
