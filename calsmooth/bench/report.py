@@ -81,8 +81,8 @@ def result_table(rows: list[Row]) -> Table:
     rounds = f"medians of {repeats} rounds" if repeats > 1 else "a single round"
     table = Table(
         title=f"{_shape_words(first)}, {first.tokens:,} tokens, {first.dtype}{frozen}",
-        caption=f"ms of forward, backward, both, and of the loss alone (eval), {rounds}; peak: memory above the inputs, "
-        "gradients included; error: gradients against float64",
+        caption=f"ms of forward, backward, both, and of the loss alone (eval), {rounds}; peak: memory above the "
+        "inputs, gradients included; error: gradients against float64",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
