@@ -4,7 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+# Before anything imports Triton: without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Before anything imports the Hugging Face libraries: no test may depend on a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -70,7 +70,7 @@ def linear_cross_entropy(
             'filtered': softmax entries below `filter_eps` are dropped, one product. The target's entry and the
             smoothing term always stay exact, the latter up to this: with a softcap its slope 1 - (z / softcap)^2 is
             taken as 1 at dropped entries, an error of at most beta / V * (z / softcap)^2 each. Where more entries are
-            to be kept than there is room for, the gradients are exact. The backward pass waits for the GPU once.
+            to be kept than there is room for, the gradients are exact. The backward waits for one number from the GPU.
         filter_eps: the smallest softmax probability that 'filtered' keeps, in (0, 1).
         kept_mass: shaped like targets; if given, filled with the probability mass that each token's kept entries hold:
             1 - what 'filtered' dropped; 1 for ignored tokens and in the other modes.

@@ -66,8 +66,8 @@ def marked_targets(targets: Tensor, ignore_index: int) -> Tensor:
 
 
 def _three_products_do(p: Problem, grad_bias: bool) -> bool:
-    """Whether gradients can be made in the forward: see `kernels.exact`."""
-    return p.reduction != "none" and not grad_bias and p.hidden_states.dtype == torch.bfloat16
+    """Whether gradients can be made in the forward: see `kernels.exact`. float16 would need the loss scale for that."""
+    return p.reduction != "none" and not grad_bias and p.hidden_states.dtype != torch.float16
 
 
 def _reduce(losses: Tensor, targets: Tensor, reduction: str) -> Tensor:

@@ -65,7 +65,7 @@ def _fused(p: Problem) -> tuple[Tensor, ...]:
     from calsmooth.loss.kernels.walk import walk
 
     E, C = p.hidden_states.contiguous(), p.lm_head_weight.contiguous()
-    operands = Operands.make(E, C, p.bias, Semantics(0.0, p.softcap, p.scale, 0.0))
+    operands = Operands.make(E, C, p.bias, Semantics(0.0, p.softcap, p.scale, 0.0), storing=False)
     targets = fused.marked_targets(p.targets, p.ignore_index)
     walked = walk(operands, targets, target_logits(operands, targets), statistics=True)
     found = walked.statistics

@@ -134,7 +134,7 @@ def _fused_parts(E: Tensor, C: Tensor, bias: Tensor | None, y: Tensor, shard: _S
     from calsmooth.loss.kernels.rows import target_logits
     from calsmooth.loss.kernels.walk import maxima_and_sums
 
-    operands = _operands(E, C, bias, shard)
+    operands = _operands(E, C, bias, shard, storing=False)
     mine, local = shard.local_targets(y)
     smooth = shard.problem.label_smoothing > 0
     maxima, sums, logit_sums, *_ = maxima_and_sums(operands, logit_sum=smooth)
@@ -160,15 +160,17 @@ def _fused_gradients(
     mine, local = shard.local_targets(y)
     elsewhere = torch.where(y == shard.problem.ignore_index, -1, 2**30)  # no column of this shard
     targets = torch.where(mine, local, elsewhere).int()
-    return gradients(_operands(E, C, bias, shard), targets, lse, weights, C.dtype, needed, WIDE_BYTES, torch.float32)
+    return gradients(
+        _operands(E, C, bias, shard, storing=True), targets, lse, weights, C.dtype, needed, WIDE_BYTES, torch.float32
+    )
 
 
-def _operands(E: Tensor, C: Tensor, bias: Tensor | None, shard: _Shard) -> Any:
+def _operands(E: Tensor, C: Tensor, bias: Tensor | None, shard: _Shard, *, storing: bool) -> Any:
     from calsmooth.loss.kernels.tiles import Operands, Semantics
 
     p = shard.problem
     semantics = Semantics(p.label_smoothing, p.softcap, p.scale, p.z_loss, shard.vocabulary)
-    return Operands.make(E.contiguous(), C.contiguous(), bias, semantics)
+    return Operands.make(E.contiguous(), C.contiguous(), bias, semantics, storing=storing)
 
 
 def _chunked_parts(E: Tensor, C: Tensor, bias: Tensor | None, y: Tensor, shard: _Shard) -> tuple[Tensor, ...]:

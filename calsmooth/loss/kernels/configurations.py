@@ -6,7 +6,7 @@ multiprocessor hide one's arithmetic behind the other's product.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,25 +21,33 @@ class Configuration:
     stages: int
     descriptors: bool  # tensor-memory descriptors (Hopper and later) or plain pointers
     programs_per_sm: int = 1
-    flatten: bool = False  # one loop over tiles and features: the next tile's loads begin under this one's arithmetic
 
 
 SHORT = 1024
 """Up to this many features an inner product counts as short."""
 
 TABLE = {
-    # (architecture, short inner product)
-    ("sm90", False): Configuration(128, 256, 64, warps=8, stages=3, descriptors=True),
-    ("sm90", True): Configuration(128, 256, 64, warps=8, stages=3, descriptors=True),
-    ("sm80", False): Configuration(128, 128, 64, warps=8, stages=3, descriptors=False),
-    ("sm80", True): Configuration(128, 128, 64, warps=8, stages=3, descriptors=False),
+    # (architecture, short inner product, whether the kernel stores its tiles)
+    ("sm90", False, False): Configuration(128, 256, 64, warps=8, stages=3, descriptors=True),
+    ("sm90", False, True): Configuration(128, 256, 64, warps=8, stages=3, descriptors=True),
+    ("sm90", True, False): Configuration(128, 128, 64, warps=4, stages=3, descriptors=True, programs_per_sm=2),
+    ("sm90", True, True): Configuration(128, 256, 64, warps=8, stages=3, descriptors=True),
+    ("sm80", False, False): Configuration(128, 128, 64, warps=8, stages=3, descriptors=False),
+    ("sm80", False, True): Configuration(128, 128, 64, warps=8, stages=3, descriptors=False),
+    ("sm80", True, False): Configuration(128, 128, 64, warps=8, stages=3, descriptors=False),
+    ("sm80", True, True): Configuration(128, 128, 64, warps=8, stages=3, descriptors=False),
     # Ada and the small Amperes: 100 KB of shared memory.
-    ("sm86", False): Configuration(128, 128, 32, warps=8, stages=3, descriptors=False),
-    ("sm86", True): Configuration(128, 128, 32, warps=8, stages=3, descriptors=False),
+    ("sm86", False, False): Configuration(128, 128, 32, warps=8, stages=3, descriptors=False),
+    ("sm86", False, True): Configuration(128, 128, 32, warps=8, stages=3, descriptors=False),
+    ("sm86", True, False): Configuration(128, 128, 32, warps=8, stages=3, descriptors=False),
+    ("sm86", True, True): Configuration(128, 128, 32, warps=8, stages=3, descriptors=False),
     # Without a GPU the kernels are only interpreted, for their tests.
-    ("interpreter", False): Configuration(16, 32, 16, warps=4, stages=1, descriptors=True),
-    ("interpreter", True): Configuration(16, 32, 16, warps=4, stages=1, descriptors=True),
+    ("interpreter", False, False): Configuration(16, 32, 16, warps=4, stages=1, descriptors=True),
+    ("interpreter", False, True): Configuration(16, 32, 16, warps=4, stages=1, descriptors=True),
+    ("interpreter", True, False): Configuration(16, 32, 16, warps=4, stages=1, descriptors=True),
+    ("interpreter", True, True): Configuration(16, 32, 16, warps=4, stages=1, descriptors=True),
 }
+"""Measured on an H100 for sm90, chosen by shared memory and registers for the others."""
 
 
 def architecture(device: torch.device) -> str:
@@ -51,18 +59,12 @@ def architecture(device: torch.device) -> str:
     return "sm80" if capability == (8, 0) else "sm86"
 
 
-def choose(hidden_states: Tensor, lm_head_weight: Tensor) -> Configuration:
+def choose(hidden_states: Tensor, lm_head_weight: Tensor, storing: bool) -> Configuration:
     """The table's entry; with pointers where the rows' alignment rules descriptors out."""
-    configuration = TABLE[architecture(hidden_states.device), hidden_states.shape[1] <= SHORT]
+    configuration = TABLE[architecture(hidden_states.device), hidden_states.shape[1] <= SHORT, storing]
     if configuration.descriptors and not (_describable(hidden_states) and _describable(lm_head_weight)):
-        configuration = Configuration(
-            configuration.block_n,
-            configuration.block_v // 2,
-            configuration.block_d,
-            configuration.warps,
-            configuration.stages,
-            descriptors=False,
-        )
+        # Without the copy engine, loads take registers: half a tile.
+        configuration = replace(configuration, block_v=configuration.block_v // 2, descriptors=False)
     return configuration
 
 

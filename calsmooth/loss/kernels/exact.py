@@ -70,7 +70,6 @@ def exponential_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    FLATTEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -101,7 +100,7 @@ def exponential_kernel(
 
     s = tl.zeros((BLOCK_N,), tl.float32)
     z_sum = tl.zeros((BLOCK_N,), tl.float32)
-    for step in tl.range(0, steps, flatten=FLATTEN):
+    for step in range(steps):
         column = (step * parts + part) * BLOCK_V
         columns = column + tl.arange(0, BLOCK_V)
         z = product_tile(e, c, row, column, N, V, D, stride_e, stride_c, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS)
@@ -277,7 +276,7 @@ def loss_and_gradients(
     need_C: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, (N,) log-sum-exps, dE and dC (empty where not needed) for an incoming gradient of 1."""
-    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss))
+    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss), storing=True)
     weights = _weights(targets, mean)
     make = losses_and_gradients if softcap is None else capped.losses_and_gradients
     losses, lse, dE, dC = make(operands, targets, weights, head_dtype, need_E, need_C)

@@ -21,7 +21,7 @@ those is off by at most u_i (z/t)^2.
 
 Nothing else is dropped silently: the probability mass that each token's kept entries hold is returned, and a list that
 overflows makes the backward exact (`gradient`) instead. Whether it did is known only on the device: the backward waits
-for that one number, the only wait in this package.
+for that one number, with its own work already launched, so that the device doesn't idle. No other mode waits.
 """
 
 import math
@@ -418,7 +418,7 @@ def filtered_losses(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(N,) losses, (N,) kept mass, (N,) log-sum-exps, the six lists of `list_entries`, overflow."""
-    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss))
+    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss), storing=False)
     groups = triton.cdiv(len(C), group_size(operands.configuration))
     group_maxima = torch.empty(groups, len(E), dtype=torch.bfloat16, device=E.device)
     z_target = target_logits(operands, targets)
@@ -450,6 +450,23 @@ def _(E: Tensor, C: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     )
 
 
+class _Answer:
+    """A number on its way from the device: work launched after it goes on while the host waits for it."""
+
+    def __init__(self, number: Tensor) -> None:
+        self.host = number
+        if number.is_cuda:
+            self.host = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
+            self.host.copy_(number, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def wait(self) -> bool:
+        if hasattr(self, "copied"):
+            self.copied.synchronize()
+        return bool(self.host)
+
+
 @torch.library.custom_op("calsmooth::filtered_gradients", mutates_args=())
 def filtered_gradients(
     E: Tensor,
@@ -475,14 +492,15 @@ def filtered_gradients(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dE, dC, dbias; empty where not needed."""
-    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss))
+    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss), storing=True)
     weights = torch.where(targets >= 0, weights.float(), 0.0)
     needed = (need_E, need_C, need_bias)
-    if overflow.item():
+    overflowed = _Answer(overflow)
+    entries = (keys, probabilities, column_starts, token_columns, token_places, token_starts)
+    made = gather_gradients(operands, targets, logsumexp, weights, entries, head_dtype, needed)
+    if overflowed.wait():
+        made = None, None, None  # free them first
         made = gradients(operands, targets, logsumexp, weights, head_dtype, needed, LEAN_BYTES)
-    else:
-        entries = (keys, probabilities, column_starts, token_columns, token_places, token_starts)
-        made = gather_gradients(operands, targets, logsumexp, weights, entries, head_dtype, needed)
     dE, dC, dbias = (E.new_empty(0) if g is None else g for g in made)
     return dE, dC, dbias
 

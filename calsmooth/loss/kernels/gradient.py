@@ -50,7 +50,6 @@ def gradient_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    FLATTEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -63,7 +62,7 @@ def gradient_kernel(
     y = tl.load(targets + rows, mask=rows < N, other=-1)
     softmax_weight = factor * (1.0 + 2.0 * z_loss * lse)
     steps = tl.cdiv(tl.cdiv(last - first, BLOCK_V), parts)
-    for step in tl.range(0, steps, flatten=FLATTEN):
+    for step in range(steps):
         column = first + (step * parts + part) * BLOCK_V
         columns = column + tl.arange(0, BLOCK_V)
         z = product_tile(e, c, row, column, N, V, D, stride_e, stride_c, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS)

@@ -36,7 +36,7 @@ def token_losses(
     buffer_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     """(N,) losses and (N,) log-sum-exps."""
-    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss))
+    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss), storing=False)
     walked = walk(operands, targets, target_logits(operands, targets))
     return walked.losses, walked.logsumexp
 
@@ -65,7 +65,7 @@ def token_gradients(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dE, dC, dbias; empty where not needed."""
-    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss))
+    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss), storing=True)
     weights = torch.where(targets >= 0, weights.float(), 0.0)
     made = gradients(operands, targets, logsumexp, weights, head_dtype, (need_E, need_C, need_bias), buffer_bytes)
     dE, dC, dbias = (E.new_empty(0) if g is None else g for g in made)

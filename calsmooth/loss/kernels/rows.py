@@ -72,26 +72,54 @@ def target_logits(operands: Operands, targets: Tensor) -> Tensor:
 
 
 @triton.jit
-def weighted_row_sum_kernel(X, weights, out, N, D, stride, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    program = tl.program_id(0)
-    rows = program.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+def row_sum_kernel(
+    X,
+    weights,  # (N,) (WEIGHTED)
+    out,  # (programs, D)
+    N,
+    D,
+    stride,
+    rows_each,
+    WEIGHTED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * rows_each
     features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    # Ignored tokens (weight 0) may hold anything: don't read them.
-    weight = tl.load(weights + rows, mask=rows < N, other=0.0)
-    mask = (weight != 0.0)[:, None] & (features < D)[None, :]
-    x = tl.load(X + rows[:, None] * stride + features[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + program * D + features, tl.sum(x * weight[:, None], 0), mask=features < D)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, rows_each, BLOCK_N):
+        rows = first + start + tl.arange(0, BLOCK_N)
+        mask = (rows < N)[:, None] & (features < D)[None, :]
+        if WEIGHTED:
+            # Ignored tokens (weight 0) may hold anything: don't read them.
+            weight = tl.load(weights + rows, mask=rows < N, other=0.0)
+            mask &= (weight != 0.0)[:, None]
+        x = tl.load(X + rows[:, None] * stride + features[None, :], mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            x *= weight[:, None]
+        total += tl.sum(x, 0)
+    tl.store(out + tl.program_id(0) * D + features, total, mask=features < D)
 
 
 def row_sum(X: Tensor, weights: Tensor | None = None) -> Tensor:
-    """(D,) float32: sum_n weights_n X_n, with rows of weight 0 left out."""
-    if weights is None:
-        return X.sum(0, dtype=torch.float32)
+    """(D,) float32: sum_n weights_n X_n, with rows of weight 0 left out. (X.sum(0) takes a lot of scratch memory.)"""
     N, D = X.shape
-    rows, block = 16, feature_block(D, 256)
-    partial = torch.empty(triton.cdiv(N, rows), D, device=X.device)
-    weighted_row_sum_kernel[(len(partial), triton.cdiv(D, block))](
-        X, weights, partial, N, D, X.stride(0), BLOCK_N=rows, BLOCK_D=block, num_warps=1
+    block_n, block = 16, feature_block(D, 256)
+    rows_each = triton.cdiv(triton.cdiv(N, 1024), block_n) * block_n
+    partial = torch.empty(triton.cdiv(N, rows_each), D, device=X.device)
+    # One warp a program: the sum over rows stays within each thread.
+    row_sum_kernel[(len(partial), triton.cdiv(D, block))](
+        X,
+        X if weights is None else weights,
+        partial,
+        N,
+        D,
+        X.stride(0),
+        rows_each,
+        WEIGHTED=weights is not None,
+        BLOCK_N=block_n,
+        BLOCK_D=block,
+        num_warps=1,
     )
     return partial.sum(0)
 

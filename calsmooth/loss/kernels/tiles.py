@@ -98,8 +98,9 @@ class Operands:
     configuration: Configuration
 
     @classmethod
-    def make(cls, E: Tensor, C: Tensor, bias: Tensor | None, semantics: Semantics) -> "Operands":
-        return cls(E, C, bias, semantics, choose(E, C))
+    def make(cls, E: Tensor, C: Tensor, bias: Tensor | None, semantics: Semantics, *, storing: bool) -> "Operands":
+        """`storing`: for kernels that write their tiles, which larger tiles suit."""
+        return cls(E, C, bias, semantics, choose(E, C, storing))
 
     def rows(self, start: int, stop: int) -> "Operands":
         return Operands(self.E[start:stop], self.C, self.bias, self.semantics, self.configuration)
@@ -135,7 +136,6 @@ class Operands:
             BLOCK_V=k.block_v,
             BLOCK_D=k.block_d,
             DESCRIPTORS=k.descriptors,
-            FLATTEN=k.flatten,
             num_warps=k.warps,
             num_stages=k.stages,
             **self.semantics.constants(self.bias),

@@ -49,7 +49,6 @@ def walk_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    FLATTEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -76,7 +75,7 @@ def walk_kernel(
     top = tl.zeros((BLOCK_N,), tl.int32)
     if STORE:
         reference = tl.load(references + rows, mask=rows < N, other=0.0)
-    for step in tl.range(0, steps, flatten=FLATTEN):
+    for step in range(steps):
         column = (step * parts + part) * BLOCK_V
         columns = column + tl.arange(0, BLOCK_V)
         z = product_tile(e, c, row, column, N, V, D, stride_e, stride_c, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS)

@@ -1,0 +1,243 @@
+"""The Triton kernels on the CPU, through Triton's interpreter, in float32 and float16: small and ragged on purpose.
+
+No size is a multiple of a block, features fill more than one block, and a vocabulary may be smaller than one. The
+same promises on a GPU, in bfloat16, are in tests/gpu.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if torch.cuda.is_available():
+    pytest.skip("compiled kernels don't take CPU tensors: see tests/gpu", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("TRITON_INTERPRET isn't 1", allow_module_level=True)
+pytest.importorskip("triton")
+
+from calsmooth.loss import chunked, fused, linear_cross_entropy_reference, token_statistics
+from calsmooth.loss.functional import prepare
+from calsmooth.loss.kernels import configurations, exact, filtered, lean, tiles
+from calsmooth.loss.statistics import _fused as fused_statistics
+
+# Overflows to infinity are what the guards look for.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+SHAPES = [(21, 75, 20), (1, 40, 36), (5, 7, 8)]  # N, V, D
+
+
+def make(N: int, V: int, D: int, *, dtype: torch.dtype = torch.float32, ignored: int = 2) -> list[Tensor]:
+    g = torch.Generator().manual_seed(N + V + D)
+    E = torch.randn(N, D, generator=g).to(dtype)
+    C = torch.randn(V, D, generator=g).to(dtype)
+    y = torch.randint(0, V, (N,), generator=g)
+    y[torch.randperm(N, generator=g)[: min(ignored, N - 1)]] = -100
+    return [E.requires_grad_(), C.requires_grad_(), y]
+
+
+def by_kernels(E: Tensor, C: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """`linear_cross_entropy` through its door, whatever the door says of CPU tensors."""
+    problem, shape = prepare(E, C, y, **options)
+    loss = fused.linear_cross_entropy(problem)
+    return loss.view(shape) if options.get("reduction") == "none" else loss
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def assert_equals_reference(E: Tensor, C: Tensor, y: Tensor, tolerance: float = 3e-6, **options: Any) -> None:
+    inputs = [E, C] + ([options["bias"]] if options.get("bias") is not None else [])
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    plain = {k: v for k, v in options.items() if k not in ("mode", "filter_eps", "bias")}
+    expected = linear_cross_entropy_reference(wide[0], wide[1], y, bias=wide[2] if len(wide) > 2 else None, **plain)
+    loss = by_kernels(E, C, y, **options)
+    assert relative(loss, expected) < 3e-6
+    incoming = torch.rand(expected.shape, dtype=torch.float64) + 0.5
+    wanted = torch.autograd.grad(expected, wide, incoming)
+    for repeat in (True, False):  # the second time from a kept graph
+        got = torch.autograd.grad(loss, inputs, incoming.to(loss.dtype), retain_graph=repeat)
+        for g, w, t in zip(got, wanted, inputs, strict=True):
+            assert g.dtype == t.dtype
+            assert relative(g, w) < tolerance
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks of tokens and strips of vocabulary even for tiny inputs."""
+    monkeypatch.setattr(tiles, "BUFFER_BYTES", 1)
+    monkeypatch.setattr(lean, "LEAN_BYTES", 3000)
+    monkeypatch.setattr(lean, "WIDE_BYTES", 3000)
+    monkeypatch.setattr("calsmooth.loss.kernels.gradient.MIN_WIDTH", 1)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    dict(label_smoothing=0.1),
+    dict(reduction="sum", scale=0.5),
+    dict(reduction="none", label_smoothing=0.3),
+    dict(label_smoothing=0.1, softcap=2.0, scale=0.7),
+    dict(label_smoothing=0.1, z_loss=1e-2),
+]
+
+
+@pytest.mark.parametrize("mode", ["exact", "lean"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_equals_the_definition(mode: str, options: dict[str, Any]) -> None:
+    assert_equals_reference(*make(*SHAPES[0]), mode=mode, **options)
+
+
+@pytest.mark.parametrize("mode", ["exact", "lean"])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_equals_the_definition_for_one_token_and_a_tiny_vocabulary(mode: str, shape: tuple[int, int, int]) -> None:
+    assert_equals_reference(*make(*shape), mode=mode, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("mode", ["exact", "lean", "filtered"])
+def test_bias_with_its_gradient(mode: str) -> None:
+    E, C, y = make(21, 75, 20)
+    bias = torch.randn(75).requires_grad_()
+    # 1e-9 keeps everything: filtered is exact then.
+    assert_equals_reference(E, C, y, mode=mode, bias=bias, label_smoothing=0.1, scale=0.5, filter_eps=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["exact", "lean"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_pointer_path_equals_the_definition(
+    mode: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    E, C, y = make(21, 75, 19)  # rows of 76 bytes: no descriptor can be made
+    assert not configurations.choose(E, C, storing=True).descriptors
+    assert_equals_reference(E, C, y, mode=mode, label_smoothing=0.1, softcap=softcap)
+
+
+@pytest.mark.parametrize("mode", ["exact", "lean"])
+def test_float16(mode: str) -> None:
+    assert_equals_reference(*make(21, 75, 24, dtype=torch.float16), mode=mode, label_smoothing=0.1, tolerance=2e-3)
+
+
+def test_targets_far_below_the_top_are_made_again() -> None:
+    E, C, y = make(20, 70, 20)
+    E = (E.detach() * 30).requires_grad_()
+    z = (E @ C.T).detach()
+    below = z.amax(1) - z.gather(1, y.clamp(min=0).unsqueeze(1)).squeeze(1)
+    assert below[y >= 0].max() > 100  # exp() of that is not a float32
+    # Logits of several hundred have fewer digits left.
+    assert_equals_reference(E, C, y, mode="exact", label_smoothing=0.1, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_filtered_drops_what_chunked_drops(shape: tuple[int, int, int], softcap: float | None) -> None:
+    E, C, y = make(*shape)
+    wide = [t.detach().double().requires_grad_() for t in (E, C)]
+    options = dict(mode="filtered", filter_eps=0.02, label_smoothing=0.1, softcap=softcap, scale=0.5, z_loss=1e-2)
+    kept, kept_expected = torch.empty(len(y)), torch.empty(len(y))
+    problem, _ = prepare(*wide, y, kept_mass=kept_expected, **options)
+    expected = chunked.linear_cross_entropy(problem)
+    loss = by_kernels(E, C, y, kept_mass=kept, **options)
+    assert relative(loss, expected) < 3e-6
+    assert relative(kept, kept_expected) < 3e-6
+    for g, w in zip(torch.autograd.grad(loss, [E, C]), torch.autograd.grad(expected, wide), strict=True):
+        assert relative(g, w) < 3e-6
+
+
+def test_a_list_that_overflows_makes_filtered_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filtered, "ENTRIES_PER_TOKEN", 0.01)
+    E, C, y = make(20, 70, 20)
+    kept = torch.empty(20)
+    by_kernels(E, C, y, mode="filtered", filter_eps=0.01, kept_mass=kept)
+    assert (kept == 1).all()
+    assert_equals_reference(E, C, y, mode="filtered", filter_eps=0.01, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("mode", ["exact", "lean", "filtered"])
+def test_ignored_tokens_may_hold_anything(mode: str) -> None:
+    E, C, y = make(21, 75, 20, ignored=5)
+    with torch.no_grad():
+        E[y == -100] = float("nan")
+    loss = by_kernels(E, C, y, mode=mode, label_smoothing=0.1)
+    dE, dC = torch.autograd.grad(loss, [E, C])
+    assert loss.isfinite()
+    assert dC.isfinite().all()
+    assert (dE[y == -100] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["exact", "lean", "filtered"])
+def test_every_target_ignored_gives_zero_with_a_graph(mode: str) -> None:
+    E, C, y = make(5, 40, 20)
+    loss = by_kernels(E, C, torch.full_like(y, -100), mode=mode, label_smoothing=0.1)
+    assert loss == 0
+    for g in torch.autograd.grad(loss, [E, C]):
+        assert (g == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["exact", "lean", "filtered"])
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_frozen_inputs(mode: str, frozen: int) -> None:
+    inputs = make(9, 40, 20)
+    y = inputs.pop()
+    both = torch.autograd.grad(by_kernels(*inputs, y, mode=mode, label_smoothing=0.1), inputs)
+    inputs[frozen].requires_grad_(False)
+    alone = torch.autograd.grad(by_kernels(*inputs, y, mode=mode, label_smoothing=0.1), inputs[1 - frozen])
+    torch.testing.assert_close(alone[0], both[1 - frozen])
+
+
+def test_float32_gradient_of_a_float16_head() -> None:
+    E, C, y = make(21, 75, 24, dtype=torch.float16)
+    wide = [t.detach().double().requires_grad_() for t in (E, C)]
+    expected = torch.autograd.grad(linear_cross_entropy_reference(*wide, y, label_smoothing=0.1), wide)[1]
+    master = C.detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = by_kernels(E, master, y, label_smoothing=0.1, mode="lean", head_gradient_dtype=torch.float32)
+    got = torch.autograd.grad(loss, master)[0]
+    assert got.dtype == torch.float32
+    assert relative(got, expected) < 1e-3
+    assert not torch.equal(got, got.half().float())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_statistics_equal_the_chunked_ones(shape: tuple[int, int, int]) -> None:
+    E, C, y = make(*shape)
+    problem, _ = prepare(E, C, y, reduction="none", scale=0.7)
+    lse, z_target, top_token, top_logprob, entropy = fused_statistics(problem)
+    expected = token_statistics(E, C, y, scale=0.7)
+    torch.testing.assert_close(lse, expected.logsumexp)
+    kept = y >= 0
+    torch.testing.assert_close((z_target - lse)[kept], expected.target_logprob[kept])
+    assert torch.equal(top_token.long(), expected.top_token)
+    torch.testing.assert_close(top_logprob, expected.top_logprob)
+    torch.testing.assert_close(entropy, expected.entropy, rtol=1e-4, atol=1e-5)
+
+
+def test_operators_obey_the_rules_of_custom_operators() -> None:
+    E, C, y = make(5, 40, 20)
+    targets = fused.marked_targets(y, -100)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        exact.loss_and_gradients,
+        (E, C, None, targets, 0.1, None, 1.0, 0.0, True, torch.float32, True, True),
+        test_utils=tests,
+    )
+    torch.library.opcheck(
+        lean.token_losses, (E, C, None, targets, 0.1, None, 1.0, 0.0, torch.float32, 3000), test_utils=tests
+    )
+    torch.library.opcheck(
+        filtered.filtered_losses, (E, C, None, targets, 0.1, None, 1.0, 0.0, torch.float32, 0.02), test_utils=tests
+    )
+
+
+def test_the_door_says_why_not() -> None:
+    E, C, y = make(5, 40, 20)
+    problem, _ = prepare(E, C, y)
+    assert fused.why_not(problem) == "the tensors aren't on a CUDA device"
+
+
+def test_splits_fill_the_device() -> None:
+    configuration = configurations.TABLE["interpreter", True, True]
+    device = torch.device("cpu")  # counts as four multiprocessors
+    assert configurations.splits(1, 100, configuration, device) == 4
+    assert configurations.splits(4, 100, configuration, device) == 1
+    assert configurations.splits(1, 1, configuration, device) == 1
