@@ -30,6 +30,7 @@ from calsmooth.loss.kernels import capped
 from calsmooth.loss.kernels.lean import WIDE_BYTES, token_gradients
 from calsmooth.loss.kernels.products import accumulate, product, product_plus_row
 from calsmooth.loss.kernels.rows import (
+    SumBeside,
     add_target_rows,
     finish_hidden,
     row_sum,
@@ -189,7 +190,7 @@ def losses_and_gradients(
     z_target = target_logits(operands, targets)
     references = z_target.clone()
     mean_scales = weights * (k.scale * k.mean_weight(V)) if smooth else None
-    head_sum = row_sum(C) if smooth and need_E else None
+    head_sum = SumBeside(C) if smooth and need_E else None
     mean_row = -row_sum(E, mean_scales) if smooth and need_C else None
     dE = torch.empty_like(E, memory_format=torch.contiguous_format) if need_E else None
     dC = torch.empty(V, D, dtype=head_dtype, device=device) if need_C else None
@@ -228,6 +229,8 @@ def losses_and_gradients(
             **places,
         )
         exponential_kernel[(o.row_blocks * parts,)](maxima=references, max_parts=0, REDO=False, **walking)
+        if head_sum is not None and start == 0:
+            head_sum.start()
         settle_kernel[(o.row_blocks,)](CHECK=True, **settling)
         maxima, *_ = maxima_and_sums(o, only=redo)
         exponential_kernel[(o.row_blocks * parts,)](maxima=maxima, max_parts=len(maxima), REDO=True, **walking)
@@ -242,7 +245,7 @@ def losses_and_gradients(
                 row_scales=row_scales[chunk],
                 target_scales=target_scales[chunk],
                 mean_scales=None if mean_scales is None else mean_scales[chunk],
-                head_sum=head_sum,
+                head_sum=None if head_sum is None else head_sum.wait(),
             )
         if dC is not None:
             e = scale_rows(o.E, row_scales[chunk])

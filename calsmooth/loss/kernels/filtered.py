@@ -35,7 +35,7 @@ from torch import Tensor
 from calsmooth.loss.kernels.configurations import Configuration
 from calsmooth.loss.kernels.gradient import gradients
 from calsmooth.loss.kernels.lean import LEAN_BYTES
-from calsmooth.loss.kernels.rows import feature_block, row_sum, target_logits
+from calsmooth.loss.kernels.rows import SumBeside, feature_block, row_sum, target_logits
 from calsmooth.loss.kernels.tiles import Operands, Semantics, to_logits
 from calsmooth.loss.kernels.walk import GROUP, walk
 
@@ -362,6 +362,7 @@ def gather_gradients(
     logsumexp: Tensor,
     weights: Tensor,  # (N,) float32, 0 where ignored
     entries: tuple[Tensor, ...],  # as from list_entries, without kept mass and overflow
+    head_sum: Tensor,  # (D,) sum of C's rows (with smoothing)
     head_dtype: torch.dtype,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -393,8 +394,7 @@ def gather_gradients(
     dE = dC = dbias = None
     if need_E:
         by_token = coefficients[token_places]
-        head_sum = row_sum(C) if smooth else None
-        dE = gather_rows(C, token_starts, token_columns, by_token, head_sum, mean_weights, E.dtype)
+        dE = gather_rows(C, token_starts, token_columns, by_token, head_sum if smooth else None, mean_weights, E.dtype)
     if need_C:
         mean_row = row_sum(E, mean_weights) if smooth else None
         one = torch.ones((), device=device)
@@ -416,15 +416,19 @@ def filtered_losses(
     z_loss: float,
     head_dtype: torch.dtype,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(N,) losses, (N,) kept mass, (N,) log-sum-exps, the six lists of `list_entries`, overflow."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(N,) losses, (N,) kept mass, (N,) log-sum-exps, the six lists of `list_entries`, overflow, (D,) sum of C."""
     operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss), storing=False)
     groups = triton.cdiv(len(C), group_size(operands.configuration))
     group_maxima = torch.empty(groups, len(E), dtype=torch.bfloat16, device=E.device)
     z_target = target_logits(operands, targets)
+    head_sum = SumBeside(operands.C)
     walked = walk(operands, targets, z_target, group_maxima=group_maxima)
+    if beta > 0:
+        head_sum.start()
     *entries, kept_mass, overflow = list_entries(operands, targets, z_target, walked.logsumexp, group_maxima, eps)
-    return walked.losses, kept_mass, walked.logsumexp, *entries, overflow  # type: ignore[return-value]
+    total = head_sum.wait() if beta > 0 else torch.zeros(E.shape[1], device=E.device)
+    return walked.losses, kept_mass, walked.logsumexp, *entries, overflow, total  # type: ignore[return-value]
 
 
 @filtered_losses.register_fake
@@ -447,6 +451,7 @@ def _(E: Tensor, C: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         integers(size),
         integers(N + 1),
         E.new_empty((), dtype=torch.int32),
+        floats(E.shape[1]),
     )
 
 
@@ -481,6 +486,7 @@ def filtered_gradients(
     token_places: Tensor,
     token_starts: Tensor,
     overflow: Tensor,
+    head_sum: Tensor,
     weights: Tensor,  # (N,) incoming gradients
     beta: float,
     softcap: float | None,
@@ -497,7 +503,7 @@ def filtered_gradients(
     needed = (need_E, need_C, need_bias)
     overflowed = _Answer(overflow)
     entries = (keys, probabilities, column_starts, token_columns, token_places, token_starts)
-    made = gather_gradients(operands, targets, logsumexp, weights, entries, head_dtype, needed)
+    made = gather_gradients(operands, targets, logsumexp, weights, entries, head_sum, head_dtype, needed)
     if overflowed.wait():
         made = None, None, None  # free them first
         made = gradients(operands, targets, logsumexp, weights, head_dtype, needed, LEAN_BYTES)

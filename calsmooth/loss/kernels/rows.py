@@ -3,6 +3,8 @@
 All of them are bound by memory; none is a noticeable part of the time. Sums have a fixed order.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -122,6 +124,40 @@ def row_sum(X: Tensor, weights: Tensor | None = None) -> Tensor:
         num_warps=1,
     )
     return partial.sum(0)
+
+
+class SumBeside:
+    """`row_sum(X)` on a second stream, while a walk runs that leaves a few multiprocessors idle.
+
+    Make it before the walk is launched, `start` it after (so that the walk gets its multiprocessors first), and `wait`
+    where the sum is needed: the stream waits, not the host.
+    """
+
+    def __init__(self, X: Tensor) -> None:
+        self.X = X
+        if X.is_cuda:
+            self.main = torch.cuda.current_stream(X.device)
+            self.before = self.main.record_event()
+
+    def start(self) -> None:
+        if not self.X.is_cuda:
+            self.total = row_sum(self.X)
+            return
+        self.side = _side_stream(self.X.device)
+        self.side.wait_event(self.before)
+        with torch.cuda.stream(self.side):
+            self.total = row_sum(self.X)
+        self.total.record_stream(self.main)
+
+    def wait(self) -> Tensor:
+        if self.X.is_cuda:
+            self.main.wait_stream(self.side)
+        return self.total
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @triton.jit
