@@ -62,6 +62,7 @@ def test_right_and_the_same_twice(
         for key, configuration in configurations.TABLE.items():
             smaller = replace(configuration, block_v=128, descriptors=False)
             monkeypatch.setitem(configurations.TABLE, key, smaller)
+    monkeypatch.setattr(filtered, "ENTRIES_PER_TOKEN", 2**12)  # room for whatever random logits need
     E, C, y = make(700, 9003, 264)
     options = dict(options, mode=mode)
     expected, wanted, incoming = exact_in_float64(E, C, y, options)

@@ -25,7 +25,7 @@ from calsmooth.loss.statistics import _fused as fused_statistics
 # Overflows to infinity are what the guards look for.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-SHAPES = [(21, 75, 20), (1, 40, 36), (5, 7, 8)]  # N, V, D
+SHAPES = [(33, 75, 20), (1, 40, 36), (5, 7, 8)]  # N, V, D
 
 
 def make(N: int, V: int, D: int, *, dtype: torch.dtype = torch.float32, ignored: int = 2) -> list[Tensor]:
@@ -235,9 +235,10 @@ def test_the_door_says_why_not() -> None:
     assert fused.why_not(problem) == "the tensors aren't on a CUDA device"
 
 
-def test_splits_fill_the_device() -> None:
+def test_the_schedule_fills_the_device_and_covers_every_block() -> None:
     configuration = configurations.TABLE["interpreter", True, True]
     device = torch.device("cpu")  # counts as four multiprocessors
-    assert configurations.splits(1, 100, configuration, device) == 4
-    assert configurations.splits(4, 100, configuration, device) == 1
-    assert configurations.splits(1, 1, configuration, device) == 1
+    assert configurations.schedule(1, 100, configuration, device) == (1, 4)
+    assert configurations.schedule(2, 100, configuration, device) == (2, 2)
+    assert configurations.schedule(5, 100, configuration, device) == (2, 2)  # groups of 2, 2 and 1
+    assert configurations.schedule(1, 1, configuration, device) == (1, 1)

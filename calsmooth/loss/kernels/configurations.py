@@ -68,22 +68,28 @@ def choose(hidden_states: Tensor, lm_head_weight: Tensor, storing: bool) -> Conf
     return configuration
 
 
-def splits(row_blocks: int, vocabulary_tiles: int, configuration: Configuration, device: torch.device) -> int:
-    """Into how many parts the vocabulary is split so that row_blocks * splits programs fill the device.
+def schedule(
+    row_blocks: int, vocabulary_tiles: int, configuration: Configuration, device: torch.device
+) -> tuple[int, int]:
+    """(blocks of tokens that are walked together, parts of the vocabulary), to fill the device.
 
-    All programs walk the vocabulary together, so that the head streams through the cache once. A part costs a few
-    numbers per token; the smallest count within 2 % of the best use of the multiprocessors wins.
+    All programs at work walk the vocabulary together, so that the head streams through the cache once. Each of them
+    reads its own tokens again at every tile: with more blocks of tokens together than half the multiprocessors, that
+    alone takes the memory's whole bandwidth, however many features there are. A part costs a few numbers per token;
+    the smallest count within 2 % of the best use of the multiprocessors wins.
     """
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     slots = sms * configuration.programs_per_sm
+    groups = math.ceil(row_blocks / max(1, sms // 2))
+    together = math.ceil(row_blocks / groups)
 
-    def use(s: int) -> float:
-        steps = math.ceil(vocabulary_tiles / s) * math.ceil(row_blocks * s / slots)
-        return row_blocks * vocabulary_tiles / (slots * steps)
+    def use(parts: int) -> float:
+        steps = math.ceil(vocabulary_tiles / parts) * math.ceil(together * parts / slots)
+        return together * vocabulary_tiles / (slots * steps)
 
-    candidates = range(1, min(vocabulary_tiles, max(1, 2 * slots // row_blocks), 64) + 1)
-    best = max(use(s) for s in candidates)
-    return next(s for s in candidates if use(s) >= 0.98 * best)
+    candidates = range(1, min(vocabulary_tiles, max(1, 2 * slots // together), 64) + 1)
+    best = max(use(parts) for parts in candidates)
+    return together, next(parts for parts in candidates if use(parts) >= 0.98 * best)
 
 
 def _describable(x: Tensor) -> bool:

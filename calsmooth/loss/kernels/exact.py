@@ -38,7 +38,16 @@ from calsmooth.loss.kernels.rows import (
     scale_rows,
     target_logits,
 )
-from calsmooth.loss.kernels.tiles import LOG2E, Operands, Semantics, chunk_rows, padded_matrix, product_tile, to_logits
+from calsmooth.loss.kernels.tiles import (
+    LOG2E,
+    Operands,
+    Semantics,
+    chunk_rows,
+    padded_matrix,
+    place,
+    product_tile,
+    to_logits,
+)
 from calsmooth.loss.kernels.walk import maxima_and_sums
 
 SAFE_SUM = tl.constexpr(5e21)
@@ -64,6 +73,7 @@ def exponential_kernel(
     D,
     stride_e,
     stride_c,
+    together,
     parts,
     scale,
     softcap,
@@ -78,15 +88,14 @@ def exponential_kernel(
     REDO: tl.constexpr,
 ):
     row_blocks = tl.cdiv(N, BLOCK_N)
-    block = tl.program_id(0) % row_blocks
-    part = tl.program_id(0) // row_blocks
+    block, part = place(row_blocks, together, parts)
     row = block * BLOCK_N
     rows = row + tl.arange(0, BLOCK_N)
     inside = rows < N
     y = tl.load(targets + rows, mask=inside, other=-1)
-    steps = tl.cdiv(tl.cdiv(V, BLOCK_V), parts)
+    steps = tl.where(block < row_blocks, tl.cdiv(tl.cdiv(V, BLOCK_V), parts), 0)
     if REDO:
-        wanted = tl.load(redo + block)
+        wanted = tl.load(redo + block, mask=block < row_blocks, other=0)
         steps = steps * wanted
         inside = rows < N * wanted
         reference = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -201,7 +210,8 @@ def losses_and_gradients(
         chunk = slice(start, min(start + rows, N))
         o, y = operands.rows(chunk.start, chunk.stop), targets[chunk]
         P = buffer[: len(y)]
-        parts = o.splits(V)
+        schedule = o.schedule(V)
+        parts = schedule.parts
         redo = torch.empty(o.row_blocks, dtype=torch.int32, device=device)
         places: dict[str, Any] = {
             "targets": y,
@@ -212,7 +222,9 @@ def losses_and_gradients(
             "parts": parts,
             "LOGIT_SUM": smooth,
         }
-        walking = dict(out=o.described(P), stride_out=P.stride(0), **places, **o.arguments())
+        walking = dict(
+            out=o.described(P), together=schedule.together, stride_out=P.stride(0), **places, **o.arguments()
+        )
         settling = dict(
             target_logits=z_target[chunk],
             weights=weights[chunk],
@@ -228,12 +240,12 @@ def losses_and_gradients(
             BLOCK_N=configuration.block_n,
             **places,
         )
-        exponential_kernel[(o.row_blocks * parts,)](maxima=references, max_parts=0, REDO=False, **walking)
+        exponential_kernel[(schedule.programs,)](maxima=references, max_parts=0, REDO=False, **walking)
         if head_sum is not None and start == 0:
             head_sum.start()
         settle_kernel[(o.row_blocks,)](CHECK=True, **settling)
         maxima, *_ = maxima_and_sums(o, only=redo)
-        exponential_kernel[(o.row_blocks * parts,)](maxima=maxima, max_parts=len(maxima), REDO=True, **walking)
+        exponential_kernel[(schedule.programs,)](maxima=maxima, max_parts=len(maxima), REDO=True, **walking)
         settle_kernel[(o.row_blocks,)](CHECK=False, **settling)
 
         if dE is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from calsmooth.loss.kernels.products import accumulate, product
 from calsmooth.loss.kernels.rows import finish_hidden, row_sum, scale_rows
-from calsmooth.loss.kernels.tiles import LOG2E, Operands, padded_matrix, product_tile, to_logits
+from calsmooth.loss.kernels.tiles import LOG2E, Operands, padded_matrix, place, product_tile, to_logits
 
 MIN_WIDTH = 4096
 """Strips aren't narrower than this, however many tokens there are: each strip rewrites dE's sum."""
@@ -39,6 +39,7 @@ def gradient_kernel(
     D,
     stride_e,
     stride_c,
+    together,
     parts,
     scale,
     softcap,
@@ -55,13 +56,13 @@ def gradient_kernel(
     CAPPED: tl.constexpr,
 ):
     row_blocks = tl.cdiv(N, BLOCK_N)
-    row = tl.program_id(0) % row_blocks * BLOCK_N
-    part = tl.program_id(0) // row_blocks
+    block, part = place(row_blocks, together, parts)
+    row = block * BLOCK_N
     rows = row + tl.arange(0, BLOCK_N)
     lse = tl.load(logsumexps + rows, mask=rows < N, other=0.0)
     y = tl.load(targets + rows, mask=rows < N, other=-1)
     softmax_weight = factor * (1.0 + 2.0 * z_loss * lse)
-    steps = tl.cdiv(tl.cdiv(last - first, BLOCK_V), parts)
+    steps = tl.where(block < row_blocks, tl.cdiv(tl.cdiv(last - first, BLOCK_V), parts), 0)
     for step in range(steps):
         column = first + (step * parts + part) * BLOCK_V
         columns = column + tl.arange(0, BLOCK_V)
@@ -126,18 +127,19 @@ def gradients(
     width = min(max(width, block), V)
     buffer = padded_matrix(N + extra, width, E.dtype, device)
     buffer[N:] = 1.0
-    parts = operands.splits(width)
+    schedule = operands.schedule(width)
     for first in range(0, V, width):
         last = min(first + width, V)
         G, longer, c = buffer[:N, : last - first], buffer[:, : last - first], C[first:last]
-        gradient_kernel[(operands.row_blocks * parts,)](
+        gradient_kernel[(schedule.programs,)](
             out=operands.described(G),
             targets=targets,
             logsumexps=logsumexp,
             first=first,
             last=last,
             stride_out=G.stride(0),
-            parts=parts,
+            together=schedule.together,
+            parts=schedule.parts,
             target_weight=1.0 - k.beta,
             mean_weight=k.mean_weight(V),
             z_loss=k.z_loss,

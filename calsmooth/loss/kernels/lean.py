@@ -15,7 +15,7 @@ from calsmooth.loss.kernels.rows import target_logits
 from calsmooth.loss.kernels.tiles import Operands, Semantics
 from calsmooth.loss.kernels.walk import walk
 
-LEAN_BYTES = 116 * 2**20
+LEAN_BYTES = 108 * 2**20
 """One strip's buffer in lean mode."""
 
 WIDE_BYTES = 512 * 2**20

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from calsmooth.loss.kernels.configurations import Configuration, choose, splits
+from calsmooth.loss.kernels.configurations import Configuration, choose, schedule
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -69,6 +69,22 @@ def tanh(x):
     return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
 
 
+@triton.jit
+def place(row_blocks, together, parts):
+    """This program's block of tokens (none if it is `row_blocks` or above) and its part of the vocabulary."""
+    program = tl.program_id(0)
+    group = program // (together * parts)
+    within = program % (together * parts)
+    return group * together + within % together, within // together
+
+
+@dataclass(frozen=True)
+class Schedule:
+    together: int  # blocks of tokens that are walked at the same time
+    parts: int  # parts of the vocabulary
+    programs: int
+
+
 @dataclass(frozen=True)
 class Semantics:
     """What is computed, apart from the tensors."""
@@ -109,9 +125,10 @@ class Operands:
     def row_blocks(self) -> int:
         return triton.cdiv(len(self.E), self.configuration.block_n)
 
-    def splits(self, columns: int) -> int:
+    def schedule(self, columns: int) -> "Schedule":
         tiles = triton.cdiv(columns, self.configuration.block_v)
-        return splits(self.row_blocks, tiles, self.configuration, self.E.device)
+        together, parts = schedule(self.row_blocks, tiles, self.configuration, self.E.device)
+        return Schedule(together, parts, programs=triton.cdiv(self.row_blocks, together) * together * parts)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that `product_tile` and `to_logits` need, by the names that all kernels give them."""

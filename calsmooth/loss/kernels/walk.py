@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calsmooth.loss.kernels.tiles import LOG2E, Operands, product_tile, to_logits
+from calsmooth.loss.kernels.tiles import LOG2E, Operands, place, product_tile, to_logits
 
 GROUP = 64
 """Vocabulary entries whose common maximum the walk can write down, for `filtered`."""
@@ -42,6 +42,7 @@ def walk_kernel(
     D,
     stride_e,
     stride_c,
+    together,
     parts,
     scale,
     softcap,
@@ -60,13 +61,12 @@ def walk_kernel(
     STORE: tl.constexpr,
 ):
     row_blocks = tl.cdiv(N, BLOCK_N)
-    block = tl.program_id(0) % row_blocks
-    part = tl.program_id(0) // row_blocks
+    block, part = place(row_blocks, together, parts)
     row = block * BLOCK_N
     rows = row + tl.arange(0, BLOCK_N)
-    steps = tl.cdiv(tl.cdiv(V, BLOCK_V), parts)
+    steps = tl.where(block < row_blocks, tl.cdiv(tl.cdiv(V, BLOCK_V), parts), 0)
     if ONLY:
-        steps = steps * tl.load(only + block)
+        steps = steps * tl.load(only + block, mask=block < row_blocks, other=0)
 
     m = tl.full((BLOCK_N,), LOWEST, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
@@ -208,12 +208,13 @@ def maxima_and_sums(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The walk kernel's partial results, (parts, N) each."""
     N, V, device = len(operands.E), len(operands.C), operands.E.device
-    parts = operands.splits(V)
+    schedule = operands.schedule(V)
+    parts = schedule.parts
     partial = [torch.empty(parts, N, device=device) for _ in range(2)]
     z_sum = torch.empty(parts, N, device=device) if logit_sum else None
     weighted = torch.empty(parts, N, device=device) if statistics else None
     top = torch.empty(parts, N, device=device, dtype=torch.int32) if statistics else None
-    walk_kernel[(operands.row_blocks * parts,)](
+    walk_kernel[(schedule.programs,)](
         only=_or(only, partial[0]),
         maxima=partial[0],
         sums=partial[1],
@@ -224,6 +225,7 @@ def maxima_and_sums(
         stored=partial[0] if stored is None else operands.described(stored),
         references=_or(references, partial[0]),
         stride_stored=0 if stored is None else stored.stride(0),
+        together=schedule.together,
         parts=parts,
         ONLY=only is not None,
         LOGIT_SUM=logit_sum,
