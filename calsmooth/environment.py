@@ -1,6 +1,7 @@
 """What made a result: versions, device, platform. Stored beside every number that someone may want to reproduce."""
 
 import importlib.metadata
+import importlib.util
 import platform
 from typing import Any
 
@@ -35,6 +36,21 @@ def describe_device(device: "str | Any") -> str:
 def environment(device: "str | Any") -> dict[str, Any]:
     """Versions, device and platform as plain values for JSON."""
     return {"versions": versions(), "device": describe_device(device), "platform": platform.platform()}
+
+
+def peak_memory(device: "str | Any") -> int | None:
+    """The most bytes that this process has held at once: on its GPU, else in main memory; None where no one counts."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
 
 
 def _processor() -> str:

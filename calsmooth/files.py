@@ -102,10 +102,19 @@ def run_folder(output: Path | None, default_name: str) -> Path:
     """
     if output is None:
         output = next(p for p in _numbered(Path("runs") / default_name) if not _occupied(p))
-    elif _occupied(output):
-        raise UsageError(f"--output {output}: holds files already; give an empty or new folder")
+    check_run_folder(output)
     output.mkdir(parents=True, exist_ok=True)
     return output
+
+
+def check_run_folder(output: Path) -> None:
+    """For commands that work for long before they write: is the folder that the user named empty or new?
+
+    Raises:
+        UsageError: it holds files already, or is a file.
+    """
+    if _occupied(output):
+        raise UsageError(f"--output {output}: holds files already; give an empty or new folder")
 
 
 def _numbered(path: Path) -> Iterator[Path]:

@@ -121,7 +121,7 @@ def _show_plan(config: FinetuneConfig, output: Output) -> None:
         text.append(
             str(tokenizer.decode([example.input_ids[i] for i in stretch])), style="dim" if ignored else "bold green"
         )
-    shown = [
+    shown: list[Any] = [
         Text(plan.config.to_yaml()),
         Text("The first example; what is dim is read, what is bold is learned:", style="italic"),
         text,

@@ -76,7 +76,7 @@ class FinetuneConfig(Settings):
     )
     batch_size: int | None = setting(
         None,
-        "Examples a step, over all processes and accumulation.",
+        "Examples a step, over all micro-batches.",
         shown_default="128; demo: its own",
         minimum=1,
         panel=TRAINING,
@@ -100,8 +100,8 @@ class FinetuneConfig(Settings):
 
     micro_batch_size: int | None = setting(
         None,
-        "Examples at once on one device; changes speed and memory only.",
-        shown_default="at most 8",
+        "Examples at once; changes speed and memory only.",
+        shown_default="as many as fit",
         minimum=1,
         panel=COMPUTE,
     )

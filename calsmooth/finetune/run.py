@@ -4,30 +4,34 @@ The folder: config.yaml, environment.json, metrics.jsonl, checkpoints/, then mod
 card), summary.json, and COMPLETED last of all.
 """
 
+import dataclasses
 import json
+import os
 import random
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from transformers import TrainingArguments, set_seed
 
 from calsmooth import console
+from calsmooth.config import load
 from calsmooth.data import Example, ExampleSet, load_example_set
-from calsmooth.environment import describe_device, environment, versions
-from calsmooth.errors import CalsmoothError, UsageError
-from calsmooth.files import read_json, read_jsonl, run_folder, whole_folder, write_json, write_text
+from calsmooth.environment import describe_device, environment, peak_memory, versions
+from calsmooth.errors import UsageError
+from calsmooth.files import check_run_folder, read_json, read_jsonl, run_folder, whole_folder, write_json, write_text
 from calsmooth.finetune.config import FinetuneConfig
+from calsmooth.finetune.fit import largest_that_fits, micro_batch_candidates
 from calsmooth.finetune.head import fused_loss
-from calsmooth.finetune.probe import probe
+from calsmooth.finetune.probe import ProbeResult, probe
 from calsmooth.finetune.report import model_card, plot_loss_curve, prepare_loss_curve
-from calsmooth.finetune.trainer import Collator, SFTTrainer, checkpoint_step, checkpoints, remove_checkpoints
+from calsmooth.finetune.trainer import Collator, SFTTrainer, checkpoint_step, checkpoints
 from calsmooth.models import load_model, load_tokenizer, pick_device, pick_dtype
 from calsmooth.plots import save_figure
 
@@ -35,7 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 COMPLETED = "COMPLETED"
-LARGEST_MICRO_BATCH = 8
 PROBE_EXAMPLES, PROBE_LENGTH = 2, 128
 # Where a run lies and how it is watched may differ when it is resumed; what it computes may not.
 FREE_ON_RESUME = {"output", "resume", "dry_run", "keep_last", "log_every", "save_every"}
@@ -59,13 +62,24 @@ class Plan:
 
     config: FinetuneConfig
     examples: ExampleSet
-    micro_batch: int
-    accumulation: int
+    micro_batches: list[int]  # sizes that may be tried, largest first
     steps: int
 
     @property
     def target_tokens(self) -> int:
         return sum(e.target_tokens for e in self.examples.examples)
+
+    @property
+    def micro_batch(self) -> int:
+        return self.micro_batches[0]
+
+    @property
+    def accumulation(self) -> int:
+        return int(self.config.batch_size or 0) // self.micro_batch
+
+    def with_micro_batch(self, size: int) -> "Plan":
+        config = dataclasses.replace(self.config, micro_batch_size=size)
+        return dataclasses.replace(self, config=config, micro_batches=[size])
 
 
 def prepare(config: FinetuneConfig) -> "tuple[Plan, PreTrainedTokenizerBase]":
@@ -75,6 +89,11 @@ def prepare(config: FinetuneConfig) -> "tuple[Plan, PreTrainedTokenizerBase]":
         UsageError, CalsmoothError: the data, the tokenizer or the batch sizes can't be as asked.
     """
     config = config.resolve()
+    device = pick_device(config.device).type
+    if config.micro_batch_size and int(config.batch_size or 0) % config.micro_batch_size:
+        raise UsageError(
+            f"--micro-batch-size {config.micro_batch_size} doesn't divide --batch-size {config.batch_size}"
+        )
     batch_size, epochs, max_length = int(config.batch_size or 0), int(config.epochs or 0), int(config.max_length or 0)
     tokenizer = load_tokenizer(config.model, config.revision)
     examples = load_example_set(
@@ -89,15 +108,21 @@ def prepare(config: FinetuneConfig) -> "tuple[Plan, PreTrainedTokenizerBase]":
         revision=config.dataset_revision,
         on_bad_row=config.on_bad_row,
     )
-    micro = config.micro_batch_size or _largest_divisor(batch_size, LARGEST_MICRO_BATCH)
-    if batch_size % micro:
-        raise UsageError(f"--micro-batch-size {micro} doesn't divide --batch-size {batch_size}")
     steps = epochs * -(-len(examples.examples) // batch_size)
-    return Plan(config, examples, micro, batch_size // micro, steps), tokenizer
+    config = dataclasses.replace(config, save_every=config.save_every or -(-steps // 10))
+    longest = max(len(e.input_ids) for e in examples.examples)
+    sizes = (
+        [config.micro_batch_size] if config.micro_batch_size else micro_batch_candidates(batch_size, longest, device)
+    )
+    return Plan(config, examples, sizes, steps), tokenizer
 
 
-def run(config: FinetuneConfig) -> FinetuneResult:
+def run(
+    config: FinetuneConfig, on_start: Callable[[Plan, ProbeResult], None] = lambda plan, probe: None
+) -> FinetuneResult:
     """Fine-tune and write the run folder; with config.resume go on with one.
+
+    on_start: called before the first step.
 
     Raises:
         UsageError: the folder, an option or a path isn't as it has to be.
@@ -107,17 +132,23 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     if folder is not None and (folder / COMPLETED).exists():
         console.say(f"{folder} is complete already; nothing to resume.")
         return FinetuneResult(folder, read_json(folder / "summary.json"))
-    device = pick_device(config.device)
+    # What can be refused is refused before minutes are spent on data and model.
+    if folder is not None:
+        config = _as_started(config, folder)
+    elif config.output is not None:
+        check_run_folder(config.output)
+    device = _training_device(config.device)
     plan, tokenizer = prepare(config)
-    config = plan.config
     model = load_model(config.model, dtype=torch.float32, device=device, revision=config.revision)
     found = probe(model, _probe_batch(plan.examples.examples, tokenizer, device), config.beta)
+    plan = plan.with_micro_batch(_micro_batch(plan, model, tokenizer, device))
     if folder is None:
         folder = run_folder(config.output, config.default_name())
-        write_text(folder / "config.yaml", config.to_yaml())
+        write_text(folder / "config.yaml", dataclasses.replace(plan.config, output=folder, resume=False).to_yaml())
         write_json(folder / "environment.json", environment(device))
     else:
-        _check_same(config, folder)
+        _remove_half_written(folder)
+    on_start(plan, found)
     checkpoint = next(reversed(checkpoints(folder / "checkpoints")), None)
     summary = _train(plan, model, tokenizer, folder, checkpoint, device)
     summary["probe"] = vars(found)
@@ -135,9 +166,8 @@ def _train(
 ) -> dict[str, Any]:
     config = plan.config
     done = checkpoint_step(checkpoint) if checkpoint else 0
-    earlier = _keep_metrics_until(folder / "metrics.jsonl", done)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _keep_metrics_until(folder / "metrics.jsonl", done)
+    use_cache = model.config.use_cache  # the Trainer switches it off, and the saved model would generate slowly
     started = time.perf_counter()
     with (
         open(folder / "metrics.jsonl", "a", encoding="utf-8") as lines,
@@ -161,20 +191,22 @@ def _train(
             _arguments(plan, folder, device),
             plan.examples.examples,
             tokenizer,
+            batch_size=int(config.batch_size or 0),
             loss_reduction=config.loss_reduction,
             keep_last=config.keep_last,
             record=record,
         )
-        if earlier:
-            trainer.meter.tokens = earlier[-1]["tokens"]
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    model.config.use_cache = use_cache
     metrics = [values for _, values in read_jsonl(folder / "metrics.jsonl")]
     tail = metrics[-max(1, len(metrics) // 10) :]
     return {
         "steps": plan.steps,
         "tokens": metrics[-1]["tokens"],
+        "first_loss": metrics[0]["loss"],
         "final_loss": sum(m["loss"] for m in tail) / len(tail),
         "seconds": round(time.perf_counter() - started, 2),
+        "peak_memory_bytes": peak_memory(device),
         "resumed_at_step": done or None,
         "device": describe_device(device),
         "rows": plan.examples.rows,
@@ -186,9 +218,8 @@ def _train(
 
 def _arguments(plan: Plan, folder: Path, device: torch.device) -> TrainingArguments:
     config = plan.config
-    every = config.save_every or -(-plan.steps // 10)
     bf16 = pick_dtype(config.dtype, device) == torch.bfloat16
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.accumulation,
@@ -207,13 +238,18 @@ def _arguments(plan: Plan, folder: Path, device: torch.device) -> TrainingArgume
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=every,
+        save_steps=int(config.save_every or 0),
         save_total_limit=None,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
     )
+    if arguments.n_gpu > 1:
+        # Where there are more GPUs the Trainer would spread every micro-batch over copies of the model
+        # (DataParallel), which doesn't go with a model patched in place; one GPU was asked for.
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _write_results(
@@ -230,11 +266,9 @@ def _write_results(
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
         write_text(target / "README.md", card)
+    write_text(folder / COMPLETED, "")
     if config.keep_last == 0:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    else:
-        remove_checkpoints(folder / "checkpoints", keep=config.keep_last)
-    write_text(folder / COMPLETED, "")
 
 
 def _probe_batch(
@@ -260,26 +294,78 @@ def _find_run(config: FinetuneConfig) -> Path | None:
             raise UsageError(f"--output {config.output}: holds no run to resume (no config.yaml); give a run's folder")
         return config.output
     name = config.default_name()
-    runs = [p.parent for p in Path("runs").glob(f"{name}*/config.yaml") if not (p.parent / COMPLETED).exists()]
+    mine = re.compile(re.escape(name) + r"(-\d+)?")  # beta0.1 and beta0.1-2, but not beta0.15
+    started = [p.parent for p in Path("runs").glob("*/config.yaml") if mine.fullmatch(p.parent.name)]
+    runs = [folder for folder in started if not (folder / COMPLETED).exists()]
     if not runs:
         raise UsageError(f"--resume: no unfinished run of the name runs/{name}; give its folder with --output")
     return max(runs, key=lambda p: (p / "config.yaml").stat().st_mtime)
 
 
-def _check_same(config: FinetuneConfig, folder: Path) -> None:
-    try:
-        old = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise CalsmoothError(f"{folder / 'config.yaml'}: can't be read ({error}); start a new run") from None
-    for key, value in config.to_dict().items():
-        if key not in FREE_ON_RESUME and old.get(key) != value:
+def _as_started(config: FinetuneConfig, folder: Path) -> FinetuneConfig:
+    """The settings that the run was started with; those that are asked for now must be the same or left open.
+
+    Raises:
+        UsageError: a setting differs.
+    """
+    old = load(FinetuneConfig, {}, folder / "config.yaml")
+    changes = {}
+    for f in dataclasses.fields(FinetuneConfig):
+        was, now = getattr(old, f.name), getattr(config, f.name)
+        if f.name in FREE_ON_RESUME:
+            changes[f.name] = was if now in (None, f.default) and f.name not in ("resume", "dry_run") else now
+        elif now is not None and now != was:
             raise UsageError(
-                f"--resume: the run in {folder} has {key} = {old.get(key)}, now {value} is asked for; "
-                "resume with the same settings, or start a new run"
+                f"--resume: the run in {folder} has {f.name} = {was}, now {now} is asked for; resume with "
+                f"--config {folder / 'config.yaml'}, or leave --resume out to start a new run"
             )
+    return dataclasses.replace(old, **changes)
 
 
-def _keep_metrics_until(path: Path, step: int) -> list[dict[str, Any]]:
+def _training_device(name: str | None) -> torch.device:
+    """The device to train on: the first GPU, or what was asked for.
+
+    Raises:
+        UsageError: the device isn't there or isn't the first, or several processes were started.
+    """
+    device = pick_device(name)
+    if device.index:
+        raise UsageError(
+            f"--device {name}: fine-tuning takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={device.index} "
+            "and --device cuda"
+        )
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UsageError("several processes were started (WORLD_SIZE); calsmooth finetune runs in one, on one GPU")
+    return device
+
+
+def _micro_batch(
+    plan: Plan, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", device: torch.device
+) -> int:
+    """The largest size that fits; only a GPU says so when one doesn't, so that elsewhere the first is taken."""
+    if plan.config.gradient_checkpointing:
+        # Newer versions of transformers warn at the second name, older ones don't have the first.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    if len(plan.micro_batches) == 1 or device.type != "cuda":
+        return plan.micro_batch
+    model.train()
+    dtype = pick_dtype(plan.config.dtype, device)
+    collate = Collator(int(tokenizer.pad_token_id))
+    with fused_loss(model, plan.config.beta):
+        return largest_that_fits(model, plan.examples.examples, collate, plan.micro_batches, dtype)
+
+
+def _remove_half_written(folder: Path) -> None:
+    """What a killed process was about to write: their names begin with a dot until they are whole."""
+    for path in [*folder.glob(".*"), *(folder / "checkpoints").glob(".*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _keep_metrics_until(path: Path, step: int) -> None:
     """Drop the lines of steps that will be done again, and a line that was cut short by a crash."""
     kept = []
     if path.exists():
@@ -292,7 +378,6 @@ def _keep_metrics_until(path: Path, step: int) -> list[dict[str, Any]]:
                 break
             kept.append(values)
     write_text(path, "".join(json.dumps(values) + "\n" for values in kept))
-    return kept
 
 
 @contextmanager
@@ -304,7 +389,3 @@ def _random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         torch.random.set_rng_state(states[1])
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return next(d for d in range(min(limit, number), 0, -1) if number % d == 0)

@@ -23,11 +23,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from calsmooth.data import IGNORED, Example
 from calsmooth.errors import CalsmoothError
+from calsmooth.files import read_json
+from calsmooth.finetune.order import EpochOrder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState
 
 PREFIX = "checkpoint-"
+METER = "meter.json"
 
 
 class Collator:
@@ -59,11 +62,13 @@ class SFTTrainer(Trainer):
         examples: Sequence[Example],
         tokenizer: "PreTrainedTokenizerBase",
         *,
+        batch_size: int,
         loss_reduction: str,
         keep_last: int,
         record: Callable[[dict[str, Any]], None],
     ) -> None:
-        """record: called with the values of each logged step (see the README's metrics.jsonl)."""
+        """batch_size: examples of a step. record: called with the values of each line of metrics.jsonl."""
+        self.order = EpochOrder([len(e.input_ids) for e in examples], batch_size, arguments.seed)
         super().__init__(
             model=model,
             args=arguments,
@@ -77,8 +82,16 @@ class SFTTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_reduction = loss_reduction
         self.keep_last = keep_last
-        self.meter = _Meter(record)
+        self.meter = _Meter(record, self.order)
         self.add_callback(self.meter)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(resume_from_checkpoint, str):
+            self.meter.load(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+        return self.order
 
     def compute_loss(
         self,
@@ -91,11 +104,9 @@ class SFTTrainer(Trainer):
         loss = outputs["loss"]
         if num_items_in_batch is None:
             raise CalsmoothError("this version of transformers doesn't count the targets of a batch; use 5.17 or newer")
-        self.meter.count(num_items_in_batch)
+        self.meter.count(num_items_in_batch, loss.detach())
         if self.loss_reduction == "mean":
             loss = loss / max(int(num_items_in_batch), 1)
-        # Gradients are averaged over processes, but this is a share of one sum over all of them.
-        loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
@@ -105,11 +116,10 @@ class SFTTrainer(Trainer):
         self.args.output_dir = str(staging)
         try:
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                shutil.rmtree(folder / name, ignore_errors=True)
-                os.replace(staging / name, folder / name)
-                remove_checkpoints(folder, keep=max(self.keep_last, 1))
+            self.meter.save(staging / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(staging / name, folder / name)
+            remove_checkpoints(folder, keep=max(self.keep_last, 1))
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CalsmoothError(
                 f"checkpoint of step {self.state.global_step} could not be written to {folder} ({_brief(error)}); "
@@ -117,29 +127,61 @@ class SFTTrainer(Trainer):
             ) from error
         finally:
             self.args.output_dir = str(folder)
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 class _Meter(TrainerCallback):
-    """Turns the Trainer's logs into metrics, and stops a run whose loss is no longer a number."""
+    """Counts tokens and loss, writes the lines of metrics, and stops a run whose gradient is no longer a number."""
 
-    def __init__(self, record: Callable[[dict[str, Any]], None]) -> None:
-        self.record = record
-        self.tokens = 0
+    def __init__(self, record: Callable[[dict[str, Any]], None], order: EpochOrder) -> None:
+        self.record, self.order = record, order
+        self.tokens = 0  # of the whole run
+        self.last_tokens, self.loss = 0, 0.0  # tokens at the last line, loss summed since then
         self.batch_tokens: Tensor | int = 0
-        self.last_tokens, self.last_time = 0, time.perf_counter()
+        self.batch_loss: Tensor | float = 0.0
+        self.last_time = time.perf_counter()
 
-    def count(self, tokens: Tensor | int) -> None:
-        self.batch_tokens = tokens  # the same for every micro-batch of a step
+    def save(self, checkpoint: Path) -> None:
+        values = {"tokens": self.tokens, "last_tokens": self.last_tokens, "loss": self.loss}
+        (checkpoint / METER).write_text(json.dumps(values))
+
+    def load(self, checkpoint: Path) -> None:
+        values = read_json(checkpoint / METER)
+        self.tokens, self.last_tokens, self.loss = values["tokens"], values["last_tokens"], values["loss"]
+
+    def count(self, tokens: Tensor | int, summed_loss: Tensor) -> None:
+        """One micro-batch: its summed loss, and the targets of the whole step that it is a part of."""
+        self.batch_tokens = tokens
+        self.batch_loss = self.batch_loss + summed_loss
 
     def on_train_begin(
         self, args: TrainingArguments, state: "TrainerState", control: "TrainerControl", **_: Any
     ) -> None:
-        self.last_tokens, self.last_time = self.tokens, time.perf_counter()
+        self.last_time = time.perf_counter()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: "TrainerState", control: "TrainerControl", **_: Any
+    ) -> None:
+        self.order.set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: "TrainerState", control: "TrainerControl", **given: Any
+    ) -> None:
+        # Before the update, so that neither the weights nor a checkpoint ever take a gradient that isn't a number.
+        gradients = [p.grad for p in given["model"].parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            loss = float(self.batch_loss) / max(int(self.batch_tokens), 1)
+            raise CalsmoothError(
+                f"step {state.global_step + 1}: the loss is {loss:g} and the gradient norm {norm:g}; "
+                "lower --lr, or look at the data"
+            )
 
     def on_step_end(self, args: TrainingArguments, state: "TrainerState", control: "TrainerControl", **_: Any) -> None:
         self.tokens += int(self.batch_tokens)
+        self.loss += float(self.batch_loss)
+        self.batch_loss = 0.0
+        control.should_log = control.should_log or state.global_step == state.max_steps
 
     def on_log(
         self,
@@ -151,22 +193,18 @@ class _Meter(TrainerCallback):
     ) -> None:
         if not logs or "loss" not in logs:
             return
-        loss, grad_norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise CalsmoothError(
-                f"step {state.global_step}: the loss is {loss:g} and the gradient norm {grad_norm:g}; the "
-                "last checkpoint is kept: lower --lr, or look at the data"
-            )
         now = time.perf_counter()
-        speed = (self.tokens - self.last_tokens) / max(now - self.last_time, 1e-9)
-        self.last_tokens, self.last_time = self.tokens, now
+        tokens = self.tokens - self.last_tokens
+        # Per token under either --loss-reduction, so that runs can be compared.
+        loss, speed = self.loss / max(tokens, 1), tokens / max(now - self.last_time, 1e-9)
+        self.last_tokens, self.last_time, self.loss = self.tokens, now, 0.0
         self.record(
             {
                 "step": state.global_step,
                 "epoch": round(float(state.epoch or 0.0), 6),
                 "loss": loss,
                 "lr": float(logs["learning_rate"]),
-                "grad_norm": grad_norm,
+                "grad_norm": float(logs.get("grad_norm", 0.0)),
                 "tokens": self.tokens,
                 "tokens_per_second": round(speed, 1),
             }

@@ -1,0 +1,71 @@
+"""How many examples go through the model at once: what divides a step's batch and fits into memory.
+
+Results don't depend on it beyond rounding and the draws of dropout; speed and memory do.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from calsmooth.data import Example
+from calsmooth.errors import CalsmoothError
+
+TOKENS_AT_ONCE = {"cpu": 2048, "mps": 4096, "cuda": 65536}
+"""More gains no speed, on the processors and GPUs that we know."""
+
+OPTIMIZER_BYTES = 8
+"""AdamW's two float32 moments of one parameter, which don't exist yet while sizes are tried."""
+
+
+def micro_batch_candidates(batch_size: int, longest: int, device_type: str) -> list[int]:
+    """Divisors of the batch size, largest first, whose longest examples together stay within TOKENS_AT_ONCE."""
+    budget = TOKENS_AT_ONCE.get(device_type, TOKENS_AT_ONCE["cpu"])
+    divisors = [d for d in range(batch_size, 0, -1) if batch_size % d == 0]
+    return [d for d in divisors if d * longest <= budget] or [1]
+
+
+def largest_that_fits(
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    collate: Callable[[Sequence[Example]], dict[str, Tensor]],
+    candidates: Sequence[int],
+    dtype: torch.dtype,
+) -> int:
+    """The first candidate whose longest micro-batch goes forward and backward on the model's GPU.
+
+    model: with the fused loss plugged in, in training mode; its gradients are empty afterwards. Random numbers drawn
+    here are given back.
+
+    Raises:
+        CalsmoothError: a single example doesn't fit.
+    """
+    device = next(model.parameters()).device
+    longest = sorted(examples, key=lambda e: -len(e.input_ids))
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for size in candidates:
+        with torch.random.fork_rng(devices=[device]):
+            fits = _fits(model, collate(longest[:size]), device, dtype, parameters * OPTIMIZER_BYTES)
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        if fits:
+            return size
+    raise CalsmoothError(
+        f"not even one example of {len(longest[0].input_ids)} tokens fits into the memory of {device}; try a lower "
+        "--max-length, --gradient-checkpointing, or a smaller model"
+    )
+
+
+def _fits(
+    model: torch.nn.Module, batch: dict[str, Tensor], device: torch.device, dtype: torch.dtype, reserved: int
+) -> bool:
+    try:
+        optimizer = torch.empty(reserved, dtype=torch.uint8, device=device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+        loss.backward()
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return False
+    del optimizer
+    return True
