@@ -18,6 +18,7 @@ METHOD_NAMES = (
     "liger-kernel",
     "quack-kernels",
     "fla-core",
+    "paper",
 )
 Mode = Literal["exact", "lean", "filtered"]
 MODES: tuple[Mode, ...] = get_args(Mode)

@@ -35,6 +35,7 @@ class Method:
     why_not: Callable[[Inputs], str | None]
     build: Callable[..., LossFunction]  # (beta, softcap), and filter_eps where the method takes one
     bytes_per_logit: float = 0.0  # of memory for every one of the N x V logits, at float32; 0: not proportional
+    by_name_only: bool = False  # left out where no names are given
 
     @property
     def label(self) -> str:
@@ -82,7 +83,7 @@ def line_up(
     contestants: list[Contestant] = []
     absent: dict[str, str] = {}
     for method in METHODS:
-        if names and method.name not in names:
+        if method.name not in names if names else method.by_name_only:
             continue
         if modes and method.name == "calsmooth" and method.mode not in modes:
             continue
@@ -226,6 +227,26 @@ def _fla(beta: float, softcap: float | None) -> LossFunction:
     return lambda E, C, y: fla(E, y, C, label_smoothing=beta, logit_softcapping=softcap)
 
 
+# The paper's kernel, written after its text ---------------------------------------------------------------------------
+
+
+def _paper(beta: float, softcap: float | None, **switches: bool) -> LossFunction:
+    from calsmooth.bench.paper_kernel import Switches, paper_loss
+
+    return partial(paper_loss, beta=beta, softcap=softcap, switches=Switches(**switches))
+
+
+def _why_not_paper(inputs: Inputs) -> str | None:
+    if inputs.device.type != "cuda":
+        return "needs a GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "needs triton"
+    if torch.version.hip is not None:
+        return "was never run on a ROCm device"
+    major, minor = torch.cuda.get_device_capability(inputs.device)
+    return None if major >= 8 else f"needs compute capability 8.0 (this GPU's is {major}.{minor})"
+
+
 _EXTRA = "'calsmooth[bench]'"
 
 METHODS = (
@@ -258,4 +279,15 @@ METHODS = (
         _quack,
     ),
     Method("fla-core", "", True, partial(_why_not_peer, module="fla", install="fla-core"), _fla),
+    # The rows of the paper's Table 3; the first alone stands for it where nobody asks for the others.
+    *(
+        Method("paper", mode, True, _why_not_paper, partial(_paper, **switches), by_name_only=mode != "")
+        for mode, switches in (
+            ("", {}),
+            ("unsorted", {"sorted": False}),
+            ("unfiltered", {"filtered": False}),
+            ("fused", {"fused": True}),
+            ("fused unfiltered", {"fused": True, "filtered": False}),
+        )
+    ),
 )

@@ -20,6 +20,7 @@ ROOFLINE = "roofline"
 
 OUR_COLORS = ["#d62728", "#ff7f0e", "#e377c2", "#8c1d04", "#f5b041", "#7d3c98"]
 OTHER_COLORS = ["#1f77b4", "#17becf", "#2ca02c", "#9467bd", "#7f7f7f", "#bcbd22", "#393b79", "#637939", "#9edae5"]
+OTHER_COLORS += ["#0b5345", "#5f6b7a", "#98df8a", "#c5b0d5", "#aec7e8"]
 
 
 @dataclass(frozen=True)
