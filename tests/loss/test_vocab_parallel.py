@@ -1,5 +1,6 @@
 """The vocabulary-parallel loss on two processes, against the whole head on one."""
 
+import os
 import socket
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from calsmooth.errors import UsageError
-from calsmooth.loss import linear_cross_entropy
+from calsmooth.loss import fused, linear_cross_entropy
 from calsmooth.loss.vocab_parallel import vocab_parallel_linear_cross_entropy
 
 OPTIONS: list[dict[str, Any]] = [
@@ -20,36 +21,43 @@ OPTIONS: list[dict[str, Any]] = [
 CUT, V = 20, 53  # shards of 20 and 33 rows
 
 
-def check(rank: int, port: int) -> None:
+def check(rank: int, port: int, kernels: bool) -> None:
+    dtype = torch.float32 if kernels else torch.float64
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     g = torch.Generator().manual_seed(0)
-    E = torch.randn(3, 7, 6, generator=g, dtype=torch.float64).requires_grad_()
-    C = torch.randn(V, 6, generator=g, dtype=torch.float64).requires_grad_()
-    bias = torch.randn(V, generator=g, dtype=torch.float64).requires_grad_()
+    E = torch.randn(3, 7, 6, generator=g, dtype=dtype).requires_grad_()
+    C = torch.randn(V, 6, generator=g, dtype=dtype).requires_grad_()
+    bias = torch.randn(V, generator=g, dtype=dtype).requires_grad_()
     y = torch.randint(0, V, (3, 7), generator=g)
     y[1, :2] = -100
     mine = slice(0, CUT) if rank == 0 else slice(CUT, V)
     shard, bias_shard = (t.detach()[mine].clone().requires_grad_() for t in (C, bias))
     for options in OPTIONS:
         whole = linear_cross_entropy(E, C, y, bias=bias, **options)
-        loss = vocab_parallel_linear_cross_entropy(
-            E, shard, y, first=mine.start, vocabulary=V, bias_shard=bias_shard, **options
-        )
+        incoming = torch.rand(whole.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+        with pytest.MonkeyPatch.context() as patch:
+            if kernels:  # whatever the door says of CPU tensors
+                patch.setattr(fused, "why_not", lambda problem: None)
+            loss = vocab_parallel_linear_cross_entropy(
+                E, shard, y, first=mine.start, vocabulary=V, bias_shard=bias_shard, **options
+            )
+            got = torch.autograd.grad(loss, [E, shard, bias_shard], incoming)
         torch.testing.assert_close(loss, whole)
-        incoming = torch.rand(whole.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         wanted = torch.autograd.grad(whole, [E, C, bias], incoming)
-        got = torch.autograd.grad(loss, [E, shard, bias_shard], incoming)
         for a, b in zip(got, (wanted[0], wanted[1][mine], wanted[2][mine]), strict=True):
             torch.testing.assert_close(a, b)
     dist.destroy_process_group()
 
 
-def test_two_processes_equal_the_whole_head() -> None:
+@pytest.mark.parametrize("kernels", [False, True])
+def test_two_processes_equal_the_whole_head(kernels: bool) -> None:
+    if kernels and (os.environ.get("TRITON_INTERPRET") != "1" or not fused.TRITON):
+        pytest.skip("the kernels take CPU tensors only through Triton's interpreter")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(check, args=(port,), nprocs=2)
+    mp.spawn(check, args=(port, kernels), nprocs=2)
 
 
 def test_a_shard_outside_the_vocabulary_is_refused() -> None:
