@@ -1,5 +1,7 @@
 """`calsmooth finetune`."""
 
+import shutil
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 
     from calsmooth.finetune.probe import ProbeResult
     from calsmooth.finetune.run import Plan
+
+CALIBRATION = "calibration.png"
+MEASURED = {"demo": "questions", "responses": "responses"}
 
 
 @settings_command(app, FinetuneConfig)
@@ -40,13 +45,10 @@ def finetune(config: FinetuneConfig, output: Output) -> None:
     answer: dict[str, Any] = {"folder": str(result.folder), **result.summary}
     files = [str(result.folder / "loss.png")]
     if built_in:
-        evaluations = {
-            name: _evaluate(model, result.folder / name)
-            for name, model in (("before", BUILT_IN), ("after", str(result.model)))
-        }
+        evaluations = _evaluate_before_and_after(result.folder, str(result.model))
         answer["evaluation"] = {name: e["tasks"] for name, e in evaluations.items()}
         shown.append(_before_after(evaluations))
-        files += [str(result.folder / name / "reliability.png") for name in evaluations]
+        files.append(str(result.folder / CALIBRATION))
     output.show(Group(*shown), result=answer)
     console.say(f"Model: {result.model}\nPictures: {', '.join(files)}")
 
@@ -54,10 +56,8 @@ def finetune(config: FinetuneConfig, output: Output) -> None:
 def _announce(plan: "Plan", probe: "ProbeResult") -> None:
     """Before the first step: what the run comes to, and that the fused loss is this model's own."""
     console.say(_plan_line(plan))
-    console.say(
-        f"The fused loss equals the model's own logits and cross-entropy: relative difference {probe.loss:.0e}, "
-        f"of gradients {max(probe.head_gradient, probe.decoder_gradient):.0e}."
-    )
+    difference = max(probe.loss, probe.head_gradient, probe.decoder_gradient)
+    console.say(f"Checked: the fused loss and its gradients are those of the model's own logits, to {difference:.0e}.")
 
 
 def _summary_line(summary: dict[str, Any]) -> str:
@@ -69,41 +69,43 @@ def _summary_line(summary: dict[str, Any]) -> str:
     )
 
 
-def _evaluate(model: str, folder: Path) -> dict[str, Any]:
-    """results.json of the built-in questions and held-out responses; done once, also when a run is looked at again."""
+def _evaluate_before_and_after(folder: Path, model: str) -> dict[str, dict[str, Any]]:
+    """results.json of the built-in model and of the new one, on questions and responses that no one trained on.
+
+    Done once, also where a finished run is looked at again. Draws both models' reliability side by side.
+    """
     from calsmooth.demo import HELDOUT_FILE
     from calsmooth.evaluate.config import EvaluateConfig
     from calsmooth.evaluate.run import run
     from calsmooth.files import read_json
+    from calsmooth.plots import plot_reliability, save_figure
 
-    if (folder / "results.json").exists():
-        results: dict[str, Any] = read_json(folder / "results.json")
-        return results
-    config = EvaluateConfig(model=model, task=("demo", "responses"), dataset=str(HELDOUT_FILE), output=folder)
-    return run(config).results
+    models = {"before": BUILT_IN, "after": model}
+    if (folder / CALIBRATION).exists():
+        return {moment: read_json(folder / moment / "results.json") for moment in models}
+    found = {}
+    for moment, name in models.items():
+        shutil.rmtree(folder / moment, ignore_errors=True)  # from an evaluation that was interrupted
+        config = EvaluateConfig(model=name, task=tuple(MEASURED), dataset=str(HELDOUT_FILE), output=folder / moment)
+        found[moment] = run(config)
+    panels = [
+        replace(found[moment].panels[task], title=f"{words}, {moment}")
+        for task, words in MEASURED.items()
+        for moment in models
+    ]
+    save_figure(plot_reliability(panels), folder / CALIBRATION)
+    return {moment: result.results for moment, result in found.items()}
 
 
 def _before_after(evaluations: dict[str, dict[str, Any]]) -> "Table":
-    from rich.table import Table
+    from calsmooth.tables import metrics_table
 
-    table = Table(title="Before and after fine-tuning", title_justify="left")
-    table.add_column("measured on")
-    table.add_column("model")
-    for name in ("accuracy", "ECE", "NLL"):
-        table.add_column(name, justify="right")
-    names = {"demo": "held-out questions", "responses": "tokens of held-out responses"}
-    for task, words in names.items():
-        for moment, results in evaluations.items():
-            found = results["tasks"][task]
-            table.add_row(
-                words if moment == "before" else "",
-                moment,
-                f"{found['accuracy']:.3f}",
-                f"{found['ece']:.4f}",
-                f"{found['nll']:.4f}",
-            )
-        table.add_section()
-    return table
+    rows = [
+        (f"{words}, {moment}", results["tasks"][task])
+        for task, words in MEASURED.items()
+        for moment, results in evaluations.items()
+    ]
+    return metrics_table(rows, first="held-out")
 
 
 def _show_plan(config: FinetuneConfig, output: Output) -> None:

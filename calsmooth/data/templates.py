@@ -2,10 +2,16 @@
 
 Text is rendered whole and tokenised whole; labels follow from character spans. So no token ever spans a seam between
 pieces that were tokenised apart, and training sees the very tokens that inference will.
+
+A chat template that marks the assistant's part itself ({% generation %} ... {% endgeneration %}) is taken at its word.
+For any other, a turn's part is what it adds to the prompt that precedes it.
 """
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calsmooth.data.formats import Conversation
 from calsmooth.errors import CalsmoothError, UsageError
@@ -14,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATES = ("auto", "chat", "alpaca")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -96,15 +103,13 @@ def _chat(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> R
         {"role": t.role, "content": f"{t.content}\n\n{t.input}" if t.input else t.content} for t in conversation.turns
     ]
 
-    def rendered(count: int, prompt: bool = False) -> str:
-        from jinja2.exceptions import TemplateError
+    template = tokenizer.get_chat_template()
+    if _GENERATION.search(template):
+        return _marked(conversation, messages, template, tokenizer)
 
-        try:
+    def rendered(count: int, prompt: bool = False) -> str:
+        with _refusals(conversation):
             return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
-        except TemplateError as error:
-            raise CalsmoothError(
-                f"{conversation.where}: the chat template refuses this conversation ({error})"
-            ) from None
 
     if conversation.turns[0].role == "assistant":
         raise CalsmoothError(
@@ -126,3 +131,33 @@ def _chat(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> R
             )
         spans.append((len(before), len(after)))
     return Rendered(whole, tuple(spans), special_tokens=False)
+
+
+def _marked(
+    conversation: Conversation, messages: list[dict[str, str]], template: str, tokenizer: "PreTrainedTokenizerBase"
+) -> Rendered:
+    # What apply_chat_template(..., return_assistant_tokens_mask=True) does before it tokenises.
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    special_tokens: dict[str, Any] = tokenizer.special_tokens_map
+    with _refusals(conversation):
+        rendered: Any = render_jinja_template(
+            [messages], chat_template=template, return_assistant_tokens_mask=True, **special_tokens
+        )
+    (text,), (marks,) = rendered
+    end_mark = tokenizer.eos_token or ""
+    # Some templates close their mark before the end of the turn, which a model has to learn to say.
+    spans = [(start, end + len(end_mark) * text.startswith(end_mark, end)) for start, end in marks]
+    if not spans:
+        raise CalsmoothError(f"{conversation.where}: the chat template marks nothing here as the assistant's")
+    return Rendered(text, tuple(spans), special_tokens=False)
+
+
+@contextmanager
+def _refusals(conversation: Conversation) -> Iterator[None]:
+    from jinja2.exceptions import TemplateError
+
+    try:
+        yield
+    except TemplateError as error:
+        raise CalsmoothError(f"{conversation.where}: the chat template refuses this conversation ({error})") from None

@@ -10,7 +10,6 @@ import os
 import random
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from calsmooth.finetune.head import fused_loss
 from calsmooth.finetune.probe import ProbeResult, probe
 from calsmooth.finetune.report import model_card, plot_loss_curve, prepare_loss_curve
 from calsmooth.finetune.trainer import Collator, SFTTrainer, checkpoint_step, checkpoints
-from calsmooth.models import load_model, load_tokenizer, pick_device, pick_dtype
+from calsmooth.models import load_model, load_tokenizer, model_label, pick_device, pick_dtype
 from calsmooth.plots import save_figure
 
 if TYPE_CHECKING:
@@ -168,7 +167,6 @@ def _train(
     done = checkpoint_step(checkpoint) if checkpoint else 0
     _keep_metrics_until(folder / "metrics.jsonl", done)
     use_cache = model.config.use_cache  # the Trainer switches it off, and the saved model would generate slowly
-    started = time.perf_counter()
     with (
         open(folder / "metrics.jsonl", "a", encoding="utf-8") as lines,
         console.progress("fine-tuning", plan.steps) as advance,
@@ -205,7 +203,7 @@ def _train(
         "tokens": metrics[-1]["tokens"],
         "first_loss": metrics[0]["loss"],
         "final_loss": sum(m["loss"] for m in tail) / len(tail),
-        "seconds": round(time.perf_counter() - started, 2),
+        "seconds": round(trainer.meter.seconds, 2),
         "peak_memory_bytes": peak_memory(device),
         "resumed_at_step": done or None,
         "device": describe_device(device),
@@ -258,7 +256,7 @@ def _write_results(
     config = plan.config
     card = model_card(config.to_dict(), summary, versions())
     metrics = [values for _, values in read_jsonl(folder / "metrics.jsonl")]
-    title = f"{config.model} on {config.dataset}, beta = {config.beta:g}"
+    title = f"{model_label(config.model)} on {Path(config.dataset).name}, beta = {config.beta:g}"
     save_figure(plot_loss_curve(prepare_loss_curve(metrics), title), folder / "loss.png")
     write_text(folder / "README.md", card)
     write_json(folder / "summary.json", summary)

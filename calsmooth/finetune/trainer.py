@@ -139,15 +139,24 @@ class _Meter(TrainerCallback):
         self.last_tokens, self.loss = 0, 0.0  # tokens at the last line, loss summed since then
         self.batch_tokens: Tensor | int = 0
         self.batch_loss: Tensor | float = 0.0
-        self.last_time = time.perf_counter()
+        self.earlier_seconds = 0.0
+        self.started = self.last_time = time.perf_counter()
 
     def save(self, checkpoint: Path) -> None:
-        values = {"tokens": self.tokens, "last_tokens": self.last_tokens, "loss": self.loss}
+        values = {
+            "tokens": self.tokens, "last_tokens": self.last_tokens, "loss": self.loss, "seconds": self.seconds,
+        }  # fmt: skip
         (checkpoint / METER).write_text(json.dumps(values))
 
     def load(self, checkpoint: Path) -> None:
         values = read_json(checkpoint / METER)
         self.tokens, self.last_tokens, self.loss = values["tokens"], values["last_tokens"], values["loss"]
+        self.earlier_seconds = values["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all the processes that a resumed run took."""
+        return self.earlier_seconds + time.perf_counter() - self.started
 
     def count(self, tokens: Tensor | int, summed_loss: Tensor) -> None:
         """One micro-batch: its summed loss, and the targets of the whole step that it is a part of."""
@@ -157,7 +166,7 @@ class _Meter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: "TrainerState", control: "TrainerControl", **_: Any
     ) -> None:
-        self.last_time = time.perf_counter()
+        self.started = self.last_time = time.perf_counter()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: "TrainerState", control: "TrainerControl", **_: Any

@@ -27,6 +27,13 @@ FORGETFUL = (
     "{% if m.role == 'assistant' and not loop.last %}...{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Says itself what is the assistant's: its whole turn, or all but the end-of-turn mark.
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED_SHORT = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
 # Knows no system role.
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>"]
@@ -58,6 +65,11 @@ def chatml():
 @pytest.fixture(scope="session")
 def llama():
     return build_tokenizer(LLAMA, adds_bos=True)
+
+
+@pytest.fixture(scope="session", params=[MARKED, MARKED_SHORT], ids=["whole turn", "without its end"])
+def marked(request):
+    return build_tokenizer(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -149,7 +149,9 @@ class TestLength:
 class TestLoading:
     def test_one_bad_row_among_good_ones_is_named(self, chatml, write_rows):
         good = {"instruction": "Add.", "output": "2"}
-        with pytest.raises(CalsmoothError, match=r"data\.jsonl, line 3: column 'output' must be text, got 2; mend or remove such rows"):
+        with pytest.raises(
+            CalsmoothError, match=r"data\.jsonl, line 3: column 'output' must be text, got 2; mend or remove such rows"
+        ):
             load_examples(write_rows(good, good, good | {"output": 2}), chatml, max_length=99)
 
     def test_bad_rows_can_be_skipped_and_are_counted(self, chatml, write_rows):

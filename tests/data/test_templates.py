@@ -101,6 +101,22 @@ class TestChat:
         assert result.text.startswith("<s><|header|>user<|/header|>\n\nWhich")
         assert said(result) == ["Blue.<|im_end|>", "Black.<|im_end|>"]
 
+    def test_a_template_that_marks_the_assistants_part_is_taken_at_its_word(self, marked, chatml):
+        result = rendered((SYSTEM, *FIRST, *SECOND), "chat", marked)
+        assert result.text == rendered((SYSTEM, *FIRST, *SECOND), "chat", chatml).text
+        assert said(result) == ["Blue.<|im_end|>", "Black. <|im_end|>"]
+        assert not result.special_tokens
+
+    def test_a_marked_part_may_stand_in_a_text_that_grows_by_rewriting(self, forgetful):
+        template = forgetful.chat_template.replace(
+            "{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}"
+        )
+        forgetful.chat_template, before = template, forgetful.chat_template
+        try:
+            assert said(rendered((*FIRST, *SECOND), "chat", forgetful))[-1] == "Black. <|im_end|>"
+        finally:
+            forgetful.chat_template = before
+
     def test_turns_after_the_last_response_are_read_and_not_learned(self, chatml):
         result = rendered((*FIRST, Turn("user", "Thanks.")), "chat", chatml)
         assert result.text.endswith("user\nThanks.<|im_end|>\n")
