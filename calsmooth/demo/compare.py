@@ -26,7 +26,7 @@ from calsmooth.finetune.run import run as finetune
 from calsmooth.models import BUILT_IN
 
 TASKS = {"demo": "questions", "responses": "tokens"}
-METRICS = {"accuracy": "accuracy", "ece": "ECE", "nll": "NLL"}
+METRICS = {"accuracy": "acc.", "ece": "ECE", "nll": "NLL"}
 
 
 def main() -> int:
@@ -85,7 +85,7 @@ def table(result: dict[str, Any]) -> Table:
     """`compare`'s result for people: the model before, then each beta's mean over its seeds and each seed."""
     shown = Table(
         title="The built-in model before and after fine-tuning",
-        caption="questions: held-out, multiple choice; tokens: of held-out responses, over the whole vocabulary",
+        caption="questions: held-out, multiple choice; tokens: of held-out responses",
         title_justify="left",
         caption_justify="left",
     )

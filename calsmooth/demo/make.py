@@ -1,4 +1,4 @@
-"""Makes everything that this folder holds, from nothing: `python -m calsmooth.demo.make`, MINUTES on a CPU.
+"""Makes the model and the data of this folder from nothing: `python -m calsmooth.demo.make`, ten minutes on two cores.
 
 The tokenizer is trained on the world's corpus, a small Llama is pre-trained on the same corpus (each document is read
 once and every account is drawn anew, so that what the model can learn is how often each answer is given), and the
