@@ -4,12 +4,16 @@ Results don't depend on it beyond rounding and the draws of dropout; speed and m
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from calsmooth.data import Example
-from calsmooth.errors import CalsmoothError
+from calsmooth.errors import CalsmoothError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKENS_AT_ONCE = {"cpu": 2048, "mps": 4096, "cuda": 65536}
 """More gains no speed, on the processors and GPUs that we know."""
@@ -23,6 +27,19 @@ def micro_batch_candidates(batch_size: int, longest: int, device_type: str) -> l
     budget = TOKENS_AT_ONCE.get(device_type, TOKENS_AT_ONCE["cpu"])
     divisors = [d for d in range(batch_size, 0, -1) if batch_size % d == 0]
     return [d for d in divisors if d * longest <= budget] or [1]
+
+
+def enable_gradient_checkpointing(model: "PreTrainedModel") -> None:
+    """Activations are made again in the backward pass instead of being kept.
+
+    Raises:
+        UsageError: this architecture can't.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UsageError(f"--gradient-checkpointing: {type(model).__name__} can't; leave the flag out")
+    # Newer versions of transformers warn at the second name, older ones don't have the first.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
 
 
 def largest_that_fits(

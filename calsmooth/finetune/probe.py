@@ -40,23 +40,22 @@ def probe(model: "PreTrainedModel", batch: dict[str, Tensor], beta: float) -> Pr
         CalsmoothError: the two differ by more than rounding; the message says by how much.
     """
     head = model.get_output_embeddings()
-    decoder = _last_decoder_parameter(model)
-    mode = model.training
+    watched = [head.weight, *_some_decoder_parameters(model)]
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             own = _own_loss(model, batch, beta)
-            own_gradients = torch.autograd.grad(own, [head.weight, decoder])
+            # Allowed to be unused: an expert that no token went to.
+            own_gradients = torch.autograd.grad(own, watched, allow_unused=True)
             with fused_loss(model, beta):
                 fused = model(**batch).loss
-            fused_gradients = torch.autograd.grad(fused, [head.weight, decoder])
+            fused_gradients = torch.autograd.grad(fused, watched, allow_unused=True)
     finally:
-        model.train(mode)
-    result = ProbeResult(
-        _difference(fused, own),
-        _difference(fused_gradients[0], own_gradients[0]),
-        _difference(fused_gradients[1], own_gradients[1]),
-    )
+        for module, mode in modes.items():
+            module.training = mode
+    head_gradient, *decoder_gradients = map(_difference, fused_gradients, own_gradients)
+    result = ProbeResult(_difference(fused, own), head_gradient, max(decoder_gradients))
     # "not <=" so that NaN fails.
     if not (result.loss <= LOSS_TOLERANCE and max(result.head_gradient, result.decoder_gradient) <= GRADIENT_TOLERANCE):
         raise CalsmoothError(
@@ -79,15 +78,17 @@ def _own_loss(model: "PreTrainedModel", batch: dict[str, Tensor], beta: float) -
     )
 
 
-def _last_decoder_parameter(model: "PreTrainedModel") -> Tensor:
-    """A small parameter close below the head: what its gradient shows is the gradient by the hidden states."""
+def _some_decoder_parameters(model: "PreTrainedModel") -> list[Tensor]:
+    """The last, a middle and the first: what their gradients show is the gradient by the hidden states."""
     head = model.get_output_embeddings().weight
     parameters = [p for p in model.base_model.parameters() if p.requires_grad and p is not head]
     if not parameters:
         raise CalsmoothError(f"{type(model).__name__}: no trainable parameter in the decoder")
-    return parameters[-1]
+    return [parameters[i] for i in (-1, len(parameters) // 2, 0)]
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
+def _difference(a: Tensor | None, b: Tensor | None) -> float:
+    if a is None or b is None:
+        return 0.0 if a is b else float("inf")
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm() / b.norm().clamp(min=1e-30))

@@ -26,7 +26,7 @@ from calsmooth.environment import describe_device, environment, peak_memory, ver
 from calsmooth.errors import UsageError
 from calsmooth.files import check_run_folder, read_json, read_jsonl, run_folder, whole_folder, write_json, write_text
 from calsmooth.finetune.config import FinetuneConfig
-from calsmooth.finetune.fit import largest_that_fits, micro_batch_candidates
+from calsmooth.finetune.fit import enable_gradient_checkpointing, largest_that_fits, micro_batch_candidates
 from calsmooth.finetune.head import fused_loss
 from calsmooth.finetune.probe import ProbeResult, probe
 from calsmooth.finetune.report import model_card, plot_loss_curve, prepare_loss_curve
@@ -342,9 +342,7 @@ def _micro_batch(
 ) -> int:
     """The largest size that fits; only a GPU says so when one doesn't, so that elsewhere the first is taken."""
     if plan.config.gradient_checkpointing:
-        # Newer versions of transformers warn at the second name, older ones don't have the first.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
+        enable_gradient_checkpointing(model)
     if len(plan.micro_batches) == 1 or device.type != "cuda":
         return plan.micro_batch
     model.train()

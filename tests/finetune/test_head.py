@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calsmooth.errors import CalsmoothError
+from calsmooth.finetune.fit import enable_gradient_checkpointing
 from calsmooth.finetune.head import fused_loss, logit_transform
 from calsmooth.finetune.probe import probe
 
@@ -118,7 +119,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_gradient_checkpointing(model)
         model.zero_grad()
         with fused_loss(model, 0.1):
             model(**inputs).loss.backward()
@@ -138,11 +139,14 @@ def test_scales_and_softcaps_are_read() -> None:
 def test_the_probe_passes_and_touches_nothing(name: str) -> None:
     model = make(name)
     model.train()
+    model.base_model.layers[0].eval()  # as someone who freezes a part of it might
+    modes = [module.training for module in model.modules()]
     weights = [p.clone() for p in model.parameters()]
     state = torch.random.get_rng_state()
     result = probe(model, batch(), 0.1)
     assert result.loss < 1e-5
-    assert model.training
+    assert max(result.head_gradient, result.decoder_gradient) < 1e-4
+    assert modes == [module.training for module in model.modules()]
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     assert torch.equal(state, torch.random.get_rng_state())

@@ -254,3 +254,139 @@ def test_dry_run_shows_the_plan_and_writes_nothing(model_folder: Path, dataset: 
     assert plan["config"]["lr"] == 2e-5
     assert plan["steps"] == 10
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_gradient_that_is_not_a_number_reaches_weights_or_checkpoints(
+    model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Also between two lines of metrics, and with nothing in the loss to show it yet."""
+    settings = config(
+        model_folder, dataset, tmp_path / "run", lr=1e30, max_grad_norm=0.0, save_every=1, log_every=100, keep_last=9
+    )
+    with pytest.raises(CalsmoothError, match=r"^step \d+: the loss is .* lower --lr"):
+        run(settings)
+    saved = list((tmp_path / "run" / "checkpoints").glob("*/model.safetensors"))
+    assert saved
+    assert all(t.isfinite().all() for path in saved for t in load_file(path).values())
+
+
+@pytest.mark.parametrize("log_every", [1, 4, 100])
+def test_metrics_lines_do_not_depend_on_where_a_run_was_resumed(
+    model_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
+) -> None:
+    settings = {"save_every": 3, "log_every": log_every}
+    whole = run(config(model_folder, dataset, tmp_path / "whole", **settings))
+    original, saves = torch.save, [0]
+
+    def broken_disk(*arguments: Any, **options: Any) -> None:
+        saves[0] += 1
+        if saves[0] > 9:  # some files into the checkpoint of step 9
+            raise OSError(28, "No space left on device")
+        original(*arguments, **options)
+
+    monkeypatch.setattr(torch, "save", broken_disk)
+    with pytest.raises(CalsmoothError, match="checkpoint of step 9"):
+        run(config(model_folder, dataset, tmp_path / "broken", **settings))
+    monkeypatch.undo()
+    resumed = run(config(model_folder, dataset, tmp_path / "broken", resume=True, **settings))
+    assert resumed.summary["resumed_at_step"] == 6
+    for a, b in zip(metrics(whole.folder), metrics(resumed.folder), strict=True):
+        a.pop("tokens_per_second"), b.pop("tokens_per_second")
+        assert a == b
+    assert metrics(whole.folder)[-1]["step"] == 10, "the last step is always logged"
+
+
+def test_the_loss_is_a_tokens_under_either_reduction(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    lines = [
+        metrics(run(config(model_folder, dataset, tmp_path / name, lr=1e-9, epochs=1, loss_reduction=name)).folder)
+        for name in ("mean", "sum")
+    ]
+    for mean, total in zip(*lines, strict=True):
+        assert total["loss"] == pytest.approx(mean["loss"], rel=1e-4)
+        assert total["grad_norm"] > 10 * mean["grad_norm"]
+
+
+def test_the_saved_model_generates_as_fast_as_before(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    result = run(config(model_folder, dataset, tmp_path / "run", epochs=1))
+    assert json.loads((result.model / "config.json").read_text())["use_cache"] is True
+
+
+def test_a_run_can_be_resumed_by_its_own_configuration(
+    model_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calsmooth.config import load
+
+    first = run(config(model_folder, dataset, tmp_path / "run", epochs=1, limit=24, beta=0.3))
+    (first.folder / "COMPLETED").unlink()
+    again = load(FinetuneConfig, {"resume": True}, first.folder / "config.yaml")
+    assert run(again).folder == first.folder
+    assert (first.folder / "COMPLETED").exists()
+    stored = yaml.safe_load((first.folder / "config.yaml").read_text())
+    assert stored["micro_batch_size"] == 8, "what was found is written down"
+    assert stored["save_every"] == 1
+    assert stored["output"] == str(first.folder)
+
+
+def test_what_a_resumed_run_is_not_told_again_stays_as_it_was(
+    model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    first = run(config(model_folder, dataset, tmp_path / "run", limit=24, micro_batch_size=2))
+    (first.folder / "COMPLETED").unlink()
+    again = run(config(model_folder, dataset, tmp_path / "run", resume=True))  # no limit, no micro_batch_size
+    assert again.summary["rows"] == 24
+
+
+def test_resume_does_not_take_a_run_of_a_longer_name(
+    model_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = run(config(model_folder, dataset, None, epochs=1, beta=0.15))
+    (other.folder / "COMPLETED").unlink()
+    with pytest.raises(UsageError, match="no unfinished run of the name"):
+        run(config(model_folder, dataset, None, epochs=1, beta=0.1, resume=True))
+
+
+def test_half_written_leftovers_of_a_killed_process_are_removed(
+    model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    first = run(config(model_folder, dataset, tmp_path / "run", epochs=1))
+    (first.folder / "COMPLETED").unlink()
+    (first.folder / ".model.abc").mkdir()
+    (first.folder / "checkpoints" / ".checkpoint-4" / "checkpoint-4").mkdir(parents=True)
+    run(config(model_folder, dataset, tmp_path / "run", epochs=1, resume=True))
+    assert not [p for p in first.folder.rglob("*") if p.name.startswith(".")]
+
+
+def test_requests_that_can_not_be_are_refused_before_the_data_are_read(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = tmp_path / "missing.jsonl"
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UsageError, match="holds files already"):
+        run(config(model_folder, missing, tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="several processes"):
+        run(config(model_folder, missing, tmp_path / "run"))
+
+
+def test_the_built_in_run_ends_with_before_and_after(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "calsmooth", "finetune", "--epochs", "1", "--limit", "64", "--beta", "0.2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    folder = tmp_path / "runs" / "finetune-demo-beta0.2"
+    lines = done.stdout.splitlines()
+    assert lines[0] == "Fine-tuning the built-in model on the built-in data with label smoothing beta = 0.2."
+    for row in ("questions, before", "questions, after", "responses, before", "responses, after"):
+        assert any(line.startswith(row) for line in lines)
+    assert lines[-1] == "Pictures: runs/finetune-demo-beta0.2/loss.png, runs/finetune-demo-beta0.2/calibration.png"
+    results = {m: json.loads((folder / m / "results.json").read_text())["tasks"] for m in ("before", "after")}
+    assert results["before"]["demo"]["n"] == results["after"]["demo"]["n"] > 100
+    assert results["before"]["demo"]["nll"] != results["after"]["demo"]["nll"]
+    again = subprocess.run(
+        [*command, "--resume", "--output", str(folder), "--json"], capture_output=True, text=True, cwd=tmp_path
+    )
+    answer = json.loads(again.stdout)
+    assert answer["evaluation"]["after"]["demo"] == results["after"]["demo"]
+    assert answer["steps"] == 2
