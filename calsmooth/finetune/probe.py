@@ -2,6 +2,10 @@
 
 A few real examples go through the model both ways in float32. An architecture whose logits hold something that
 `calsmooth.finetune.head` doesn't know of is found out here, in seconds, and not by a worse model.
+
+The reference is torch's cross-entropy in float64 on the model's own float32 logits. In float32 torch's label smoothing
+rounds much of its gradient away where the vocabulary is large: against a SmolLM2-135M (49,152 tokens) that is float64
+throughout it is off by 1.2e-3, the fused loss by 3e-6.
 """
 
 from dataclasses import dataclass
@@ -68,14 +72,12 @@ def probe(model: "PreTrainedModel", batch: dict[str, Tensor], beta: float) -> Pr
 
 def _own_loss(model: "PreTrainedModel", batch: dict[str, Tensor], beta: float) -> Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits.float()
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1),
-        batch["labels"][:, 1:].flatten(),
-        ignore_index=IGNORED,
-        label_smoothing=beta,
-        reduction="sum",
-    )
+    targets = batch["labels"][:, 1:]
+    wanted = targets != IGNORED
+    logits = model(**inputs, use_cache=False).logits[:, :-1][wanted]
+    if logits.device.type == "mps":  # which has no float64
+        logits, targets, wanted = logits.cpu(), targets.cpu(), wanted.cpu()
+    return F.cross_entropy(logits.double(), targets[wanted], label_smoothing=beta, reduction="sum")
 
 
 def _some_decoder_parameters(model: "PreTrainedModel") -> list[Tensor]:

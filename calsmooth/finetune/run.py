@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 COMPLETED = "COMPLETED"
-PROBE_EXAMPLES, PROBE_LENGTH = 2, 128
+PROBE_EXAMPLES, PROBE_LENGTH = 2, 64
 # Where a run lies and how it is watched may differ when it is resumed; what it computes may not.
 FREE_ON_RESUME = {"output", "resume", "dry_run", "keep_last", "log_every", "save_every"}
 
