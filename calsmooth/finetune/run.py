@@ -88,7 +88,7 @@ def prepare(config: FinetuneConfig) -> "tuple[Plan, PreTrainedTokenizerBase]":
         UsageError, CalsmoothError: the data, the tokenizer or the batch sizes can't be as asked.
     """
     config = config.resolve()
-    device = pick_device(config.device).type
+    device = pick_device(config.device)
     if config.micro_batch_size and int(config.batch_size or 0) % config.micro_batch_size:
         raise UsageError(
             f"--micro-batch-size {config.micro_batch_size} doesn't divide --batch-size {config.batch_size}"
@@ -108,12 +108,17 @@ def prepare(config: FinetuneConfig) -> "tuple[Plan, PreTrainedTokenizerBase]":
         on_bad_row=config.on_bad_row,
     )
     steps = epochs * -(-len(examples.examples) // batch_size)
-    config = dataclasses.replace(config, save_every=config.save_every or -(-steps // 10))
+    dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
+    config = dataclasses.replace(config, dtype=dtype, save_every=config.save_every or -(-steps // 10))
     longest = max(len(e.input_ids) for e in examples.examples)
     sizes = (
-        [config.micro_batch_size] if config.micro_batch_size else micro_batch_candidates(batch_size, longest, device)
+        [config.micro_batch_size]
+        if config.micro_batch_size
+        else micro_batch_candidates(batch_size, longest, device.type)
     )
-    return Plan(config, examples, sizes, steps), tokenizer
+    plan = Plan(config, examples, sizes, steps)
+    # Only a GPU says so when a size doesn't fit; elsewhere the first is taken.
+    return plan if device.type == "cuda" else plan.with_micro_batch(sizes[0]), tokenizer
 
 
 def run(
@@ -207,6 +212,8 @@ def _train(
         "peak_memory_bytes": peak_memory(device),
         "resumed_at_step": done or None,
         "device": describe_device(device),
+        "format": plan.examples.format,
+        "template": plan.examples.template,
         "rows": plan.examples.rows,
         "rows_bad": plan.examples.bad,
         "rows_dropped": plan.examples.dropped,
@@ -340,10 +347,10 @@ def _training_device(name: str | None) -> torch.device:
 def _micro_batch(
     plan: Plan, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", device: torch.device
 ) -> int:
-    """The largest size that fits; only a GPU says so when one doesn't, so that elsewhere the first is taken."""
+    """The largest size that fits, tried out where there is a choice."""
     if plan.config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    if len(plan.micro_batches) == 1 or device.type != "cuda":
+    if len(plan.micro_batches) == 1:
         return plan.micro_batch
     model.train()
     dtype = pick_dtype(plan.config.dtype, device)
