@@ -117,6 +117,8 @@ def load_example_set(
                 example = Example(example.input_ids[:max_length], example.labels[:max_length])
             if example.target_tokens:
                 examples.append(example)
+    if bad == len(rows):
+        raise CalsmoothError(f"--dataset {source}: every row is bad; --on-bad-row fail names the first one's column")
     if not examples:
         raise CalsmoothError(f"--dataset {source}: no response fits --max-length {max_length}; raise it")
     return ExampleSet(examples, len(rows), bad, len(rows) - bad - len(examples), truncated, format, template)

@@ -101,6 +101,8 @@ def _text(row: Row, column: str, required: bool = True) -> str:
     value = row.columns.get(column)
     if value is None and not required:
         return ""
+    if column not in row.columns:
+        raise CalsmoothError(f"{row.where}: no column '{column}'; found {', '.join(map(str, row.columns)) or 'none'}")
     if not isinstance(value, str):
         raise CalsmoothError(f"{row.where}: column '{column}' must be text, got {_short(value)}")
     if required and not value.strip():

@@ -162,6 +162,10 @@ class TestLoading:
         with pytest.raises(CalsmoothError, match=r"line 2: column 'output' is empty; .*--on-bad-row skip"):
             load_example_set(path, chatml, max_length=1000)
 
+    def test_nothing_but_bad_rows_is_an_error_also_where_they_are_skipped(self, chatml, write_rows):
+        with pytest.raises(CalsmoothError, match="every row is bad"):
+            load_example_set(write_rows({"instruction": "a"}), chatml, format="alpaca", max_length=9, on_bad_row="skip")
+
     def test_format_and_template_as_asked(self, chatml, write_rows):
         row = CHAT | {"instruction": "Add.", "output": "2"}
         examples = load_example_set(write_rows(row), chatml, format="alpaca", template="alpaca", max_length=999)
