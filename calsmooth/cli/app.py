@@ -42,6 +42,9 @@ from calsmooth.cli import bench, calibrate, entropy_bound, evaluate, finetune  #
 def main() -> None:
     """Entry point of the console script and of `python -m calsmooth`."""
     debug = "--debug" in sys.argv[1:]
+    # Read when torch loads its thread pool. By default idle threads spin, and where two programs share the cores, as
+    # on any laptop, each then waits for the other's spinning: small models ran several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not debug:
         # Their notices and loading bars would drown ours; download bars stay, because downloads take long.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
