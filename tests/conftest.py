@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# Read when torch loads its thread pool; as `calsmooth` itself does: threads that wait don't spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
@@ -11,8 +14,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Before anything imports the Hugging Face libraries: no test may depend on a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# As `calsmooth` itself does: threads that wait don't spin.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
