@@ -2,12 +2,13 @@
 
 import os
 import socket
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from calsmooth.errors import UsageError
 from calsmooth.loss import fused, linear_cross_entropy
@@ -57,7 +58,12 @@ def test_two_processes_equal_the_whole_head(kernels: bool) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(check, args=(port, kernels), nprocs=2)
+    # This file as a program, twice: a child of multiprocessing would have to find the tests as a package.
+    command = [sys.executable, __file__, str(port), str(int(kernels))]
+    ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=300)
+        assert rank.returncode == 0, errors
 
 
 def test_a_shard_outside_the_vocabulary_is_refused() -> None:
@@ -65,3 +71,7 @@ def test_a_shard_outside_the_vocabulary_is_refused() -> None:
         vocab_parallel_linear_cross_entropy(
             torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1]), first=8, vocabulary=10
         )
+
+
+if __name__ == "__main__":
+    check(port=int(sys.argv[1]), kernels=bool(int(sys.argv[2])), rank=int(sys.argv[3]))
