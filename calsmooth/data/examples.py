@@ -2,7 +2,7 @@
 
 import bisect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calsmooth import console
 from calsmooth.data.formats import Conversation, detect_format, to_conversation
@@ -46,30 +46,9 @@ class ExampleSet:
     template: str
 
 
-def load_examples(
-    source: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    format: str | None = None,
-    template: str = "auto",
-    max_length: int,
-    limit: int | None = None,
-    seed: int = 0,
-    split: str | None = None,
-    revision: str | None = None,
-) -> list[Example]:
-    """`load_example_set(...).examples`."""
-    return load_example_set(
-        source,
-        tokenizer,
-        format=format,
-        template=template,
-        max_length=max_length,
-        limit=limit,
-        seed=seed,
-        split=split,
-        revision=revision,
-    ).examples
+def load_examples(source: str, tokenizer: "PreTrainedTokenizerBase", **options: Any) -> list[Example]:
+    """The examples alone of `load_example_set(source, tokenizer, **options)`, which says what the options are."""
+    return load_example_set(source, tokenizer, **options).examples
 
 
 def load_example_set(
