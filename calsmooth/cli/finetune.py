@@ -15,8 +15,8 @@ from calsmooth.models import BUILT_IN
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from calsmooth.finetune.plan import Plan
     from calsmooth.finetune.probe import ProbeResult
-    from calsmooth.finetune.run import Plan
 
 CALIBRATION = "calibration.png"
 MEASURED = {"demo": "questions", "responses": "responses"}
@@ -113,7 +113,7 @@ def _show_plan(config: FinetuneConfig, output: Output) -> None:
     from rich.text import Text
 
     from calsmooth.data import IGNORED
-    from calsmooth.finetune.run import prepare
+    from calsmooth.finetune.plan import prepare
 
     plan, tokenizer = prepare(config)
     example = plan.examples.examples[0]

@@ -8,46 +8,25 @@ The instance is patched, not the class, and before any wrapper sees it:
       -> the head *module* is called with them and the targets, and returns their summed loss
 
 Because the head stays the module that it was, the hooks of FSDP and DeepSpeed fire and a tied weight stays tied; the
-logits never exist. What an architecture does between head and loss comes down to two numbers, a scale and a softcap,
-read from its configuration; `calsmooth.finetune.probe` checks on real data that nothing was missed.
+logits never exist. `calsmooth.heads` knows what an architecture does between head and loss;
+`calsmooth.finetune.probe` checks on real data that nothing was missed.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from calsmooth.errors import CalsmoothError
+from calsmooth.heads import linear_head, logit_transform
 from calsmooth.loss import linear_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORED = -100
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """What the architecture does to the head's output: softcap * tanh(scale * logits / softcap)."""
-
-    scale: float
-    softcap: float | None
-
-
-def logit_transform(model: "PreTrainedModel") -> LogitTransform:
-    """Scale and softcap from the model's configuration (Cohere, Granite, Falcon-H1, Gemma 2 and kin)."""
-    config = model.config.get_text_config(decoder=True)
-    scale = 1.0
-    for name, inverse in (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True)):
-        value = getattr(config, name, None)
-        if value is not None:
-            scale *= 1.0 / float(value) if inverse else float(value)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return LogitTransform(scale, None if softcap is None else float(softcap))
 
 
 @contextmanager
@@ -59,12 +38,7 @@ def fused_loss(model: "PreTrainedModel", beta: float) -> Iterator[None]:
     Raises:
         CalsmoothError: the model has no separate decoder or no linear head.
     """
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        kind = "no output head" if head is None else f"a head of type {type(head).__name__}"
-        raise CalsmoothError(f"{type(model).__name__} has {kind}; expected a plain linear language-model head")
-    if model.base_model is model:
-        raise CalsmoothError(f"{type(model).__name__} has no decoder of its own under a head; expected a causal LM")
+    head = linear_head(model)
     transform = logit_transform(model)
 
     def head_forward(self: nn.Linear, hidden_states: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ throughout it is off by 1.2e-3, the fused loss by 3e-6.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,15 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from calsmooth.data import Example
 from calsmooth.errors import CalsmoothError
+from calsmooth.finetune.batches import Collator
 from calsmooth.finetune.head import IGNORED, fused_loss
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # float32 sums of a hundred tokens through a whole model, taken in another order.
 LOSS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3
+
+PROBE_EXAMPLES, PROBE_LENGTH = 2, 64
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,20 @@ def probe(model: "PreTrainedModel", batch: dict[str, Tensor], beta: float) -> Pr
             f"{result.decoder_gradient:.1e}); this architecture does to its logits what calsmooth doesn't know"
         )
     return result
+
+
+def probe_batch(
+    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", device: torch.device
+) -> dict[str, torch.Tensor]:
+    """A few short stretches around the first response tokens."""
+    cut = []
+    for example in examples[:PROBE_EXAMPLES]:
+        first = next(i for i, label in enumerate(example.labels) if label != IGNORED)
+        start = max(0, min(first - PROBE_LENGTH // 2, len(example.input_ids) - PROBE_LENGTH))
+        window = slice(start, start + PROBE_LENGTH)
+        cut.append(Example(example.input_ids[window], example.labels[window]))
+    batch = Collator(int(tokenizer.pad_token_id))(cut)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _own_loss(model: "PreTrainedModel", batch: dict[str, Tensor], beta: float) -> Tensor:

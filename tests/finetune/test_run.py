@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.finetune import run as run_module
 from calsmooth.finetune.config import FinetuneConfig
-from calsmooth.finetune.run import prepare, run
+from calsmooth.finetune.plan import Plan, prepare
+from calsmooth.finetune.run import run
 
 
 def config(model_folder: Path, dataset: Path, output: Path | None, **changes: Any) -> FinetuneConfig:
@@ -205,7 +206,7 @@ def test_resume_finds_the_newest_unfinished_run(
 def test_a_loss_that_is_not_a_number_stops_the_run(
     model_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "probe", lambda *_: run_module.Plan)  # the probe would see it before
+    monkeypatch.setattr(run_module, "probe", lambda *_: Plan)  # the probe would see it before
     settings = config(model_folder, dataset, tmp_path / "run", lr=1e30, max_grad_norm=0.0, save_every=1)
     with pytest.raises(CalsmoothError, match=r"step \d+: the loss is .*(nan|inf)"):
         run(settings)

@@ -8,11 +8,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calsmooth.data import Example
+from calsmooth.finetune.batches import Collator
 from calsmooth.finetune.config import FinetuneConfig
 from calsmooth.finetune.fit import largest_that_fits
 from calsmooth.finetune.head import fused_loss
 from calsmooth.finetune.run import run
-from calsmooth.finetune.trainer import Collator
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)

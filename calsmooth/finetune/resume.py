@@ -1,0 +1,79 @@
+"""Going on with a run: which folder, with which settings, and what of it is whole."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+from calsmooth.config import load
+from calsmooth.errors import UsageError
+from calsmooth.files import write_text
+from calsmooth.finetune.config import FinetuneConfig
+
+COMPLETED = "COMPLETED"
+"""Written last of all: a folder without it is an interrupted run's."""
+
+# Where a run lies and how it is watched may differ when it is resumed; what it computes may not.
+FREE_ON_RESUME = {"output", "resume", "dry_run", "keep_last", "log_every", "save_every"}
+
+
+def find_run(config: FinetuneConfig) -> Path | None:
+    """The folder to resume; None where the named one is empty, so that a run may be started with --resume, too."""
+    if config.output is not None:
+        if not config.output.exists() or not any(config.output.iterdir()):
+            return None
+        if not (config.output / "config.yaml").is_file():
+            raise UsageError(f"--output {config.output}: holds no run to resume (no config.yaml); give a run's folder")
+        return config.output
+    name = config.default_name()
+    mine = re.compile(re.escape(name) + r"(-\d+)?")  # beta0.1 and beta0.1-2, but not beta0.15
+    started = [p.parent for p in Path("runs").glob("*/config.yaml") if mine.fullmatch(p.parent.name)]
+    runs = [folder for folder in started if not (folder / COMPLETED).exists()]
+    if not runs:
+        raise UsageError(f"--resume: no unfinished run of the name runs/{name}; give its folder with --output")
+    return max(runs, key=lambda p: (p / "config.yaml").stat().st_mtime)
+
+
+def as_started(config: FinetuneConfig, folder: Path) -> FinetuneConfig:
+    """The settings that the run was started with; those that are asked for now must be the same or left open.
+
+    Raises:
+        UsageError: a setting differs.
+    """
+    old = load(FinetuneConfig, {}, folder / "config.yaml")
+    changes = {}
+    for f in dataclasses.fields(FinetuneConfig):
+        was, now = getattr(old, f.name), getattr(config, f.name)
+        if f.name in FREE_ON_RESUME:
+            changes[f.name] = was if now in (None, f.default) and f.name not in ("resume", "dry_run") else now
+        elif now is not None and now != was:
+            raise UsageError(
+                f"--resume: the run in {folder} has {f.name} = {was}, now {now} is asked for; resume with "
+                f"--config {folder / 'config.yaml'}, or leave --resume out to start a new run"
+            )
+    return dataclasses.replace(old, **changes)
+
+
+def remove_half_written(folder: Path) -> None:
+    """What a killed process was about to write: their names begin with a dot until they are whole."""
+    for path in [*folder.glob(".*"), *(folder / "checkpoints").glob(".*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def keep_metrics_until(path: Path, step: int) -> None:
+    """Drop the lines of steps that will be done again, and a line that was cut short by a crash."""
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                values = json.loads(line)
+            except ValueError:
+                break
+            if values["step"] > step:
+                break
+            kept.append(values)
+    write_text(path, "".join(json.dumps(values) + "\n" for values in kept))
