@@ -1,7 +1,7 @@
 """Prompts as token ids: where the context ends and each continuation begins, and what to do when it is too long."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from calsmooth.errors import CalsmoothError
@@ -15,17 +15,24 @@ if TYPE_CHECKING:
 class Request:
     """Token ids: `context` holds at least one, and so does each of `continuations`, which follow it directly.
 
+    given: of each continuation, how many of its first tokens are only read and not scored (fewer than it has); none
+        where it is empty. So contexts that part only near their end still share all that comes before.
     dropped_shots: solved examples left out so that it fits. truncated: the context's beginning had to go as well.
     """
 
     context: list[int]
     continuations: list[list[int]]
+    given: tuple[int, ...] = ()
     dropped_shots: int = 0
     truncated: bool = False
 
     def length(self) -> int:
         """The longest sequence that is run: the last token of a continuation is never fed."""
         return len(self.context) + max(map(len, self.continuations)) - 1
+
+    def scored(self, choice: int) -> range:
+        """Which tokens of a continuation have their log-probabilities added up."""
+        return range(self.given[choice] if self.given else 0, len(self.continuations[choice]))
 
 
 class Encoder:
@@ -58,7 +65,7 @@ class Encoder:
             raise CalsmoothError(
                 f"--max-length {self.max_length}: too short for the answer {prompt.continuations[0]!r}"
             )
-        return Request(request.context[excess:], request.continuations, prompt.shots - shots, excess > 0)
+        return replace(request, context=request.context[excess:], dropped_shots=prompt.shots - shots, truncated=excess > 0)
 
     def _encode(self, prompt: Prompt, shots: int) -> Request:
         text = prompt.text(shots)

@@ -128,9 +128,10 @@ class Scorer:
         rows = []
         for i in batch:
             own, continuations = requests[i].context[skip:], requests[i].continuations
-            rows.append(_Row(own, [(len(own) - 1, c[0], i, k) for k, c in enumerate(continuations)]))
+            firsts = [(len(own) - 1, c[0], i, k) for k, c in enumerate(continuations) if 0 in requests[i].scored(k)]
+            rows.append(_Row(own, firsts))
         rest = [
-            _Row(c[:-1], [(j, token, i, k) for j, token in enumerate(c[1:])], parent)
+            _Row(c[:-1], [(j - 1, c[j], i, k) for j in requests[i].scored(k) if j > 0], parent)
             for parent, i in enumerate(batch)
             for k, c in enumerate(requests[i].continuations)
             if len(c) > 1
@@ -218,7 +219,7 @@ def _whole_rows(index: int, request: Request, skip: int) -> list[_Row]:
     if all(len(c) == 1 for c in request.continuations):
         return [_Row(own, [(last, c[0], index, k) for k, c in enumerate(request.continuations)])]
     return [
-        _Row(own + c[:-1], [(last + j, token, index, k) for j, token in enumerate(c)])
+        _Row(own + c[:-1], [(last + j, c[j], index, k) for j in request.scored(k)])
         for k, c in enumerate(request.continuations)
     ]
 
