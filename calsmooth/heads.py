@@ -1,50 +1,195 @@
-"""The output head of a causal language model, whatever its architecture: its linear layer, and what follows it.
+"""Where a causal language model turns its hidden states into logits, whatever its architecture.
 
-What an architecture does between head and softmax comes down to two numbers, a scale and a softcap, read from its
-configuration. Whoever relies on that checks it against the model's own logits, on real data.
+Every causal model of transformers ends in one linear head, and what it does to that head's output comes down to three
+things: a factor, a softcap, and how many of the columns it keeps. The names under which configurations hold them
+don't mean the same everywhere (`logits_scaling` divides in Granite, multiplies in HyperCLOVA X, and acts before the
+head in MiniCPM), so they aren't read but measured: `find_head` lets the model's own forward run on a ramp in the place
+of the head's output, and looks at what comes out. What lies between decoder and head (a projection, a factor) is
+nobody's business either: hidden states are taken where the model hands them to its head.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from calsmooth.errors import CalsmoothError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TINY, HUGE = 2.0**-20, 2.0**40
+"""Ramps on which any tanh is still its slope, and already its limit. Powers of two, so that no digit is lost."""
+
 
 @dataclass(frozen=True)
-class LogitTransform:
-    """What the architecture does to the head's output: softcap * tanh(scale * logits / softcap)."""
+class Head:
+    """The model's logits are softcap * tanh(scale * (hidden_states @ weight.T + bias) / softcap), (..., vocabulary).
 
+    Without a softcap they are scale * (hidden_states @ weight.T + bias).
+    """
+
+    module: nn.Linear
     scale: float
     softcap: float | None
+    vocabulary: int  # columns that the logits have; the head may have more rows, as padding
+    _places: tuple[tuple[nn.Module, str], ...] = field(repr=False, compare=False)  # (parent, name) of the module
+
+    @property
+    def weight(self) -> Tensor:
+        """(vocabulary, D), a view of the module's own parameter: gradients reach it, a tied one stays tied."""
+        weight = self.module.weight
+        return weight if len(weight) == self.vocabulary else weight[: self.vocabulary]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(vocabulary,), or None; added before the scale."""
+        bias = self.module.bias
+        return bias if bias is None or len(bias) == self.vocabulary else bias[: self.vocabulary]
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """(..., D) -> (..., vocabulary), as the model itself makes them."""
+        logits = nn.functional.linear(hidden_states, self.weight, self.bias) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def logit_transform(model: "PreTrainedModel") -> LogitTransform:
-    """Scale and softcap from the model's configuration (Cohere, Granite, Falcon-H1, Gemma 2 and kin)."""
-    config = model.config.get_text_config(decoder=True)
-    scale = 1.0
-    for name, inverse in (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True)):
-        value = getattr(config, name, None)
-        if value is not None:
-            scale *= 1.0 / float(value) if inverse else float(value)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return LogitTransform(scale, None if softcap is None else float(softcap))
+def find_head(model: "PreTrainedModel") -> Head:
+    """The head of a loaded model, its scale and its softcap, by one forward pass over three tokens.
 
-
-def linear_head(model: "PreTrainedModel") -> nn.Linear:
-    """The head itself, a plain linear layer over the decoder that `model.base_model` is.
+    The model is left as it was: no mode, gradient or random number is touched.
 
     Raises:
-        CalsmoothError: the model has no separate decoder or no linear head.
+        CalsmoothError: the model has no plain linear head, makes its logits without calling it, or does something
+            else to them; the message says what.
     """
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        kind = "no output head" if head is None else f"a head of type {type(head).__name__}"
-        raise CalsmoothError(f"{type(model).__name__} has {kind}; expected a plain linear language-model head")
-    if model.base_model is model:
-        raise CalsmoothError(f"{type(model).__name__} has no decoder of its own under a head; expected a causal LM")
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise CalsmoothError(f"{name} is an encoder-decoder; expected a decoder-only causal language model")
+    module = model.get_output_embeddings()
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        kind = "no output head" if module is None else f"a head of type {type(module).__name__}"
+        raise CalsmoothError(f"{name} has {kind}; expected a plain linear language-model head")
+    places = tuple((m, n) for m in model.modules() for n, child in m.named_children() if child is module)
+    ramps = _ramps(len(module.weight), model.device)
+    logits = _logits_from(model, module, places, ramps)
+    if logits.dim() != 3 or logits.shape[:2] != ramps.shape[:2] or logits.shape[2] > ramps.shape[2]:
+        raise CalsmoothError(f"{name} makes logits {tuple(logits.shape)} of its head's {tuple(ramps.shape)}")
+    return _measured(name, module, places, ramps, logits.float())
+
+
+def final_hidden_states(model: "PreTrainedModel", head: Head, **inputs: Any) -> Tensor:
+    """(B, T, D): what the model hands to its head for these inputs (input_ids, attention_mask, ...); no logits exist.
+
+    The head isn't called, so that its own hooks (FSDP's, DeepSpeed's) fire when it really is.
+    """
+    return run_without_head(model, head, **inputs)[0]
+
+
+def run_without_head(model: "PreTrainedModel", head: Head, **inputs: Any) -> tuple[Tensor, Any]:
+    """As `final_hidden_states`, and the model's whole output, whose logits mean nothing."""
+    with _intercepted(head.module, head._places) as given:
+        # Past the instance's own `forward`, in whose place someone may have put what calls this.
+        outputs = type(model).forward(model, **inputs, use_cache=False)
+    return given.hidden_states, outputs
+
+
+def _ramps(columns: int, device: torch.device) -> Tensor:
+    """(1, 3, columns): both signs and many sizes, far below, around and far above where a softcap bites."""
+    mantissa = torch.linspace(1.0, 2.0, columns, device=device)
+    mantissa[1::2] *= -1
+    exponents = torch.arange(columns, device=device) % 13 - 4.0  # 1/16 to 256
+    return torch.stack([mantissa * TINY, mantissa * exponents.exp2(), mantissa * HUGE])[None]
+
+
+def _logits_from(
+    model: "PreTrainedModel", module: nn.Linear, places: tuple[tuple[nn.Module, str], ...], ramps: Tensor
+) -> Tensor:
+    """What the model's own forward makes of `ramps` in the place of its head's output."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    # Any token that isn't one of a modality's placeholders does.
+    ids = torch.arange(ramps.shape[1], device=model.device)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    try:
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
+            _intercepted(module, places, ramps) as given,
+        ):
+            outputs = type(model).forward(model, **inputs)
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+    if given.calls != 1:
+        raise CalsmoothError(
+            f"{type(model).__name__} calls its output head {given.calls} times in a forward pass; expected once"
+        )
+    return outputs.logits
+
+
+def _measured(
+    name: str, module: nn.Linear, places: tuple[tuple[nn.Module, str], ...], ramps: Tensor, logits: Tensor
+) -> Head:
+    """The scale from the slope at 0, the softcap from the limit, and whether they explain every logit."""
+    vocabulary = logits.shape[2]
+    small, _, large = (logits / ramps[..., :vocabulary])[0]
+    scale = float(small.median())
+    flat = bool((large.abs() < 1e-3 * abs(scale)).all())
+    softcap = float(logits[0, 2].abs().max()) if flat else None
+    head = Head(module, scale, softcap, vocabulary, places)
+    expected = ramps[..., :vocabulary] * scale
+    if softcap is not None:
+        expected = softcap * torch.tanh(expected / softcap)
+    wrong = ((logits - expected).abs() > 1e-5 * expected.abs() + 1e-30).any(1)[0]
+    # "not all" so that NaN is wrong.
+    if scale <= 0 or wrong.any() or not bool(logits.isfinite().all()):
+        tokens = wrong.nonzero().flatten().tolist()
+        which = "all tokens" if len(tokens) == vocabulary else f"{len(tokens):,} tokens (the first is {tokens[:1]})"
+        raise CalsmoothError(f"{name} does to the logits of {which} what is neither a factor nor a softcap")
     return head
+
+
+class _Intercept(nn.Module):
+    """Stands in the head's place: takes the hidden states, gives something of a logit's shape."""
+
+    def __init__(self, module: nn.Linear, answer: Tensor | None) -> None:
+        super().__init__()
+        self._answer, self._real = answer, (module,)  # in a tuple: not a child of this one
+        self.calls = 0
+        self._given: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:  # whose dtype some models look at
+        return self._real[0].weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._real[0].bias
+
+    @property
+    def hidden_states(self) -> Tensor:
+        if self._given is None:
+            raise CalsmoothError("the model made its logits without calling its output head")
+        return self._given
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        self.calls += 1
+        self._given = hidden_states
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], 1) if self._answer is None else self._answer.clone()
+
+
+@contextmanager
+def _intercepted(
+    module: nn.Linear, places: tuple[tuple[nn.Module, str], ...], answer: Tensor | None = None
+) -> Iterator[_Intercept]:
+    intercept = _Intercept(module, answer)
+    for parent, name in places:
+        parent._modules[name] = intercept
+    try:
+        yield intercept
+    finally:
+        for parent, name in places:
+            parent._modules[name] = module
