@@ -1,5 +1,6 @@
 """The fused loss inside real architectures equals the model's own logits and torch's cross-entropy."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calsmooth.errors import CalsmoothError
 from calsmooth.finetune.fit import enable_gradient_checkpointing
-from calsmooth.finetune.head import fused_loss, logit_transform
+from calsmooth.finetune.head import fused_loss
 from calsmooth.finetune.probe import probe
+from calsmooth.heads import find_head
 
 SMALL = {
     "vocab_size": 97,
@@ -132,13 +134,6 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_scales_and_softcaps_are_read() -> None:
-    assert logit_transform(make("Granite")).scale == 0.25
-    assert logit_transform(make("Cohere")).scale == 0.5
-    assert logit_transform(make("Gemma2")).softcap == 2.0
-    assert logit_transform(make("Llama")) == type(logit_transform(make("Llama")))(1.0, None)
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_probe_passes_and_touches_nothing(name: str) -> None:
     model = make(name)
@@ -170,12 +165,13 @@ def test_the_probe_is_no_stricter_where_the_vocabulary_is_large() -> None:
     assert max(result.head_gradient, result.decoder_gradient) < 1e-4
 
 
-@pytest.mark.parametrize("hidden", ["logits_scaling", "final_logit_softcapping"])
-def test_the_probe_refuses_what_it_was_not_told(hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scale or cap that the configuration doesn't show by a known name."""
-    model = make("Granite" if hidden == "logits_scaling" else "Gemma2")
-    transform = type(logit_transform(model))(1.0, None)
-    monkeypatch.setattr("calsmooth.finetune.head.logit_transform", lambda model: transform)
+@pytest.mark.parametrize("name", ["Granite", "Gemma2"])
+def test_the_probe_refuses_a_scale_or_cap_that_the_loss_was_not_told(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(name)
+    plain = dataclasses.replace(find_head(model), scale=1.0, softcap=None)
+    monkeypatch.setattr("calsmooth.finetune.head.find_head", lambda model: plain)
     with pytest.raises(CalsmoothError, match="doesn't equal the model's own"):
         probe(model, batch(), 0.1)
 
