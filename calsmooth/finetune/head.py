@@ -14,14 +14,16 @@ logits never exist. What the architecture does to its logits is measured by `cal
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import ModelOutput
 
 from calsmooth.heads import Head, find_head, run_without_head
-from calsmooth.loss import linear_cross_entropy
+from calsmooth.loss import linear_cross_entropy, token_statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,21 +31,48 @@ if TYPE_CHECKING:
 IGNORED = -100
 
 
+@dataclass
+class FusedOutput(ModelOutput):
+    """What the model gives instead of logits."""
+
+    loss: Tensor | None = None  # summed over the targets
+    kept_mass: Tensor | None = None  # summed over the targets, with mode='filtered'
+    statistics: Tensor | None = None  # (len(STATISTICS), targets), where they were asked for
+
+
+STATISTICS = ("logprob", "confidence", "correct", "entropy", "logit_distance")
+"""Of a target's prediction: its log-probability, the top probability, 1 where the top token is the target, the
+entropy, and the mean logit distance (Definition 3.2 of the paper): the top logit minus the mean logit."""
+
+
 @contextmanager
-def fused_loss(model: "PreTrainedModel", beta: float) -> Iterator[Head]:
+def fused_loss(
+    model: "PreTrainedModel", beta: float, *, mode: str = "exact", temperature: float = 1.0
+) -> Iterator[Head]:
     """Within the block, `model(..., labels=labels).loss` is the label-smoothed loss summed over the target tokens.
 
-    labels: (B, T), -100 where nothing is to be learned; shifted here, as in every causal model of transformers.
+    With `measure=True` as well, the model gives `statistics` instead of a loss. labels: (B, T), -100 where nothing is
+    to be learned; shifted here, as in every causal model of transformers. mode: of the loss's gradients (see
+    `linear_cross_entropy`). temperature: the logits, softcapped or not, are divided by it.
 
     Raises:
         CalsmoothError: the model has no plain linear head, or does to its logits what can't be told to the loss.
     """
     head = find_head(model)
+    if temperature != 1.0:
+        # softcap * tanh(scale * x / softcap) / T, in the same form.
+        softcap = None if head.softcap is None else head.softcap / temperature
+        head = replace(head, scale=head.scale / temperature, softcap=softcap)
 
-    def head_forward(self: nn.Linear, hidden_states: Tensor, targets: Tensor | None = None) -> Tensor:
+    def head_forward(
+        self: nn.Linear, hidden_states: Tensor, targets: Tensor | None = None, measure: bool = False
+    ) -> Tensor | FusedOutput:
         if targets is None:
             return nn.Linear.forward(self, hidden_states)
-        return linear_cross_entropy(
+        if measure:
+            return FusedOutput(statistics=measured(head, hidden_states, targets))
+        kept = torch.empty(len(targets), device=targets.device) if mode == "filtered" else None
+        loss = linear_cross_entropy(
             hidden_states,
             head.weight,
             targets,
@@ -52,17 +81,20 @@ def fused_loss(model: "PreTrainedModel", beta: float) -> Iterator[Head]:
             reduction="sum",
             softcap=head.softcap,
             scale=head.scale,
+            mode=mode,  # type: ignore[arg-type]
+            kept_mass=kept,
         )
+        return FusedOutput(loss=loss, kept_mass=None if kept is None else kept.sum())
 
-    def model_forward(self: "PreTrainedModel", *, labels: Tensor, **inputs: Any) -> CausalLMOutput:
+    def model_forward(self: "PreTrainedModel", *, labels: Tensor, measure: bool = False, **inputs: Any) -> FusedOutput:
         hidden_states, outputs = run_without_head(self, head, **inputs)  # (B, T, D)
         targets = labels[:, 1:]
         wanted = targets != IGNORED
-        loss = head.module(hidden_states[:, :-1][wanted], targets=targets[wanted])
-        balance = balance_loss(self, outputs)
+        found = head.module(hidden_states[:, :-1][wanted], targets=targets[wanted], measure=measure)
+        balance = None if measure else balance_loss(self, outputs)
         if balance is not None:
-            loss = loss + balance * wanted.sum()
-        return CausalLMOutput(loss=loss)
+            found.loss = found.loss + balance * wanted.sum()
+        return found
 
     head.module.forward = MethodType(head_forward, head.module)  # type: ignore[method-assign]
     model.forward = MethodType(model_forward, model)
@@ -70,6 +102,26 @@ def fused_loss(model: "PreTrainedModel", beta: float) -> Iterator[Head]:
         yield head
     finally:
         del head.module.forward, model.forward
+
+
+@torch.no_grad()
+def measured(head: Head, hidden_states: Tensor, targets: Tensor) -> Tensor:
+    """(len(STATISTICS), N) of (N, D) hidden states and (N,) targets, in two walks over the vocabulary."""
+    options: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "scale": head.scale}
+    found = token_statistics(hidden_states, head.weight, targets, **options)
+    # With all the probability smoothed away, the loss is logsumexp - mean logit: the mean needs no walk of its own.
+    uniform = linear_cross_entropy(
+        hidden_states, head.weight, targets, label_smoothing=1.0, reduction="none", **options
+    )
+    return torch.stack(
+        [
+            found.target_logprob,
+            found.top_logprob.exp(),
+            (found.top_token == targets).to(found.entropy.dtype),
+            found.entropy,
+            found.top_logprob + uniform,
+        ]
+    )
 
 
 def balance_loss(model: "PreTrainedModel", outputs: Any) -> Tensor | None:
