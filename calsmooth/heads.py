@@ -92,7 +92,7 @@ def run_without_head(model: "PreTrainedModel", head: Head, **inputs: Any) -> tup
     """As `final_hidden_states`, and the model's whole output, whose logits mean nothing."""
     with _intercepted(head.module, head._places) as given:
         # Past the instance's own `forward`, in whose place someone may have put what calls this.
-        outputs = type(model).forward(model, **inputs, use_cache=False)
+        outputs = type(model).forward(model, **({"use_cache": False} | inputs))
     return given.hidden_states, outputs
 
 
@@ -143,11 +143,11 @@ def _measured(
     expected = ramps[..., :vocabulary] * scale
     if softcap is not None:
         expected = softcap * torch.tanh(expected / softcap)
-    wrong = ((logits - expected).abs() > 1e-5 * expected.abs() + 1e-30).any(1)[0]
-    # "not all" so that NaN is wrong.
-    if scale <= 0 or wrong.any() or not bool(logits.isfinite().all()):
+    # "not <=" so that NaN is wrong.
+    wrong = ~((logits - expected).abs() <= 1e-5 * expected.abs() + 1e-30).all(1)[0] | (scale <= 0)
+    if wrong.any():
         tokens = wrong.nonzero().flatten().tolist()
-        which = "all tokens" if len(tokens) == vocabulary else f"{len(tokens):,} tokens (the first is {tokens[:1]})"
+        which = "all tokens" if len(tokens) == vocabulary else f"{len(tokens):,} tokens (the first is {tokens[0]})"
         raise CalsmoothError(f"{name} does to the logits of {which} what is neither a factor nor a softcap")
     return head
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from calsmooth.data import Example
 from calsmooth.errors import CalsmoothError
 from calsmooth.finetune.batches import Collator
-from calsmooth.finetune.head import IGNORED, fused_loss
+from calsmooth.finetune.head import IGNORED, balance_loss, fused_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ def probe(model: "PreTrainedModel", batch: dict[str, Tensor], beta: float) -> Pr
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             own = _own_loss(model, batch, beta)
-            # Allowed to be unused: an expert that no token went to.
+            # Allowed to be unused: an expert that no token went to, a part that sees images.
             own_gradients = torch.autograd.grad(own, watched, allow_unused=True)
             with fused_loss(model, beta), warnings.catch_warnings():
                 # Float32 isn't for the kernels, which says nothing of the training to come.
@@ -96,19 +96,24 @@ def _own_loss(model: "PreTrainedModel", batch: dict[str, Tensor], beta: float) -
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     targets = batch["labels"][:, 1:]
     wanted = targets != IGNORED
-    logits = model(**inputs, use_cache=False).logits[:, :-1][wanted]
+    outputs = model(**inputs, use_cache=False)
+    logits, balance = outputs.logits[:, :-1][wanted], balance_loss(model, outputs)
     if logits.device.type == "mps":  # which has no float64
         logits, targets, wanted = logits.cpu(), targets.cpu(), wanted.cpu()
-    return F.cross_entropy(logits.double(), targets[wanted], label_smoothing=beta, reduction="sum")
+    loss = F.cross_entropy(logits.double(), targets[wanted], label_smoothing=beta, reduction="sum")
+    return loss if balance is None else loss + balance.to(loss.device) * wanted.sum()
 
 
 def _some_decoder_parameters(model: "PreTrainedModel") -> list[Tensor]:
-    """The last, a middle and the first: what their gradients show is the gradient by the hidden states."""
+    """The last, a middle and the first matrix: what their gradients show is the gradient by the hidden states.
+
+    No vectors: the bias of an attention's keys, to name one, has a gradient of zero, and rounding is all of it.
+    """
     head = model.get_output_embeddings().weight
-    parameters = [p for p in model.base_model.parameters() if p.requires_grad and p is not head]
-    if not parameters:
-        raise CalsmoothError(f"{type(model).__name__}: no trainable parameter in the decoder")
-    return [parameters[i] for i in (-1, len(parameters) // 2, 0)]
+    matrices = [p for p in model.base_model.parameters() if p.requires_grad and p.dim() > 1 and p is not head]
+    if not matrices:
+        raise CalsmoothError(f"{type(model).__name__}: no trainable matrix in the decoder")
+    return [matrices[i] for i in (-1, len(matrices) // 2, 0)]
 
 
 def _difference(a: Tensor | None, b: Tensor | None) -> float:

@@ -28,20 +28,44 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
+STATE_SPACE = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 8}
+VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Llama": {"tie_word_embeddings": True},
     "Mistral": {"tie_word_embeddings": False},
     "Qwen2": {},
+    "Qwen3": {},
+    "SmolLM3": {},
+    "Olmo2": {},
+    "Phi3": {},
+    "GPT2": {},
     "Gemma2": {"final_logit_softcapping": 2.0, "sliding_window": 8, "query_pre_attn_scalar": 8},
-    "Granite": {"logits_scaling": 4.0},
+    "Gemma3Text": {"query_pre_attn_scalar": 8},
+    "NanoChat": {},  # a softcap
+    "Granite": {"logits_scaling": 4.0},  # divides the logits
+    "HyperCLOVAX": {"logits_scaling": 4.0},  # multiplies them
+    "MiniCPM3": {"num_key_value_heads": 4, "dim_model_base": 8, **LATENT},  # divides what goes into the head
     "Cohere": {"logit_scale": 0.5},
+    "Cohere2": {"logit_scale": 0.5},
+    "Phi": {},  # a bias in the head
+    "ModernBertDecoder": {"cls_token_id": 1, "sep_token_id": 2},  # a dense layer before the head
+    "Mixtral": {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.1},
+    "FalconH1": {"lm_head_multiplier": 0.5, **STATE_SPACE},
+    "Lfm2": {},
+    "Gemma3": {"text_config": SMALL, "vision_config": VISION},  # multi-modal, its text path
 }
 
 
-def make(name: str, **extra: Any) -> PreTrainedModel:
-    config_class = getattr(transformers, f"{name}Config")
+def make(name: str) -> PreTrainedModel:
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"this version of transformers has no {name}")
+    extra = ARCHITECTURES[name]
     torch.manual_seed(0)
-    config = config_class(**SMALL, **ARCHITECTURES[name], **extra)
+    config = getattr(transformers, f"{name}Config")(**(extra if "text_config" in extra else SMALL | extra))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():  # logits large enough for a softcap to bite
         model.get_output_embeddings().weight.mul_(20)
@@ -64,15 +88,19 @@ def own_logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch
 
 
 def own_loss(model: PreTrainedModel, inputs: dict[str, torch.Tensor], beta: float) -> torch.Tensor:
-    logits = own_logits(model, inputs)
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), label_smoothing=beta, reduction="sum"
+    """The model's own float32 logits and torch's cross-entropy, and its own loss where experts add to it."""
+    output = model(**inputs)
+    logits = output.logits[:, :-1].flatten(0, 1)
+    targets = inputs["labels"][:, 1:].flatten()
+    loss = F.cross_entropy(logits, targets, label_smoothing=beta, reduction="sum")
+    plain = F.cross_entropy(logits, targets)
+    return (
+        loss + (output.loss - plain if getattr(output, "aux_loss", None) is not None else 0) * (targets != -100).sum()
     )
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_loss_and_every_gradient_equal_the_models_own(name: str, beta: float) -> None:
+def errors(name: str, beta: float) -> tuple[float, float]:
+    """Relative errors of the loss, and of the worst parameter's gradient (against a thousandth of all at least)."""
     model, inputs = make(name), batch()
     expected = own_loss(model, inputs, beta)
     expected.backward()
@@ -81,12 +109,20 @@ def test_loss_and_every_gradient_equal_the_models_own(name: str, beta: float) ->
     with fused_loss(model, beta):
         loss = model(**inputs).loss
         loss.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    assert wanted.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
-    for n, p in model.named_parameters():
-        if n in wanted:
-            difference = (p.grad - wanted[n]).norm() / wanted[n].norm().clamp(min=1e-12)
-            assert difference < 1e-4, (n, float(difference))
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    # A gradient that is 0 but for rounding, as an attention's key bias has, can't be asked to round alike.
+    least = 1e-3 * torch.nn.utils.get_total_norm(wanted.values())
+    worst = max(float((found[n] - wanted[n]).norm() / wanted[n].norm().clamp(min=least)) for n in wanted)
+    return float((loss - expected).detach() / expected.detach()), worst
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_loss_and_every_gradient_equal_the_models_own(name: str, beta: float) -> None:
+    loss, gradient = errors(name, beta)
+    assert abs(loss) < 1e-5
+    assert gradient < 1e-4
 
 
 def test_the_model_is_itself_again_afterwards() -> None:
@@ -138,7 +174,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 def test_the_probe_passes_and_touches_nothing(name: str) -> None:
     model = make(name)
     model.train()
-    model.base_model.layers[0].eval()  # as someone who freezes a part of it might
+    next(model.base_model.children()).eval()  # as someone who freezes a part of it might
     modes = [module.training for module in model.modules()]
     weights = [p.clone() for p in model.parameters()]
     state = torch.random.get_rng_state()
@@ -181,3 +217,11 @@ def test_a_model_without_a_linear_head_is_refused() -> None:
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(CalsmoothError, match="plain linear language-model head"), fused_loss(model, 0.1):
         pass
+
+
+if __name__ == "__main__":
+    print("architecture        loss error  gradient error  scale  softcap")
+    for name in ARCHITECTURES:
+        head = find_head(make(name))
+        loss, gradient = errors(name, 0.1)
+        print(f"{name:18} {abs(loss):11.1e} {gradient:15.1e} {head.scale:6.3g} {head.softcap or '':>8}")
