@@ -12,9 +12,10 @@ so code that receives a configuration never checks it again.
 
 import dataclasses
 import difflib
+import itertools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,12 +41,14 @@ def setting(
     flags: tuple[str, ...] = (),
     panel: str | None = None,
     metavar: str | None = None,
+    from_mapping: Callable[[Mapping[str, Any], str], str] | None = None,
 ) -> Any:
     """A field of a `Settings` class.
 
     `minimum` and `maximum` are allowed values, `above` and `below` are not. `shown_default` says in words what None
     stands for. `argument=True` makes it a positional argument of the command. `flags` replaces the flag that is
-    made from the field's name (`batch_size` -> `--batch-size`). `panel` groups flags in --help.
+    made from the field's name (`batch_size` -> `--batch-size`). `panel` groups flags in --help. `from_mapping` lets a
+    YAML file spell a value that is text as a mapping: called with it and with where it stands, it gives the text.
     """
     metadata = {
         "help": help,
@@ -59,6 +62,7 @@ def setting(
         "flags": flags,
         "panel": panel,
         "metavar": metavar,
+        "from_mapping": from_mapping,
     }
     return field(default=default, metadata=metadata)
 
@@ -93,9 +97,38 @@ def load(cls: type[T], flags: Mapping[str, Any], file: Path | None = None) -> T:
         UsageError: the file is missing or isn't a YAML mapping, a key is unknown (the nearest one is suggested),
             or a value has the wrong type or range.
     """
-    values = _read_yaml(cls, file) if file is not None else {}
+    raw = _read_yaml(cls, file) if file is not None else {}
+    values = {name: _coerce(cls, name, value, f"{file}: '{name}'") for name, value in raw.items()}
     values.update({name: value for name, value in flags.items() if value is not None})
     return cls(**values)
+
+
+def load_grid(cls: type[T], flags: Mapping[str, Any], file: Path | None) -> list[tuple[dict[str, Any], T]]:
+    """As `load`, for files that hold a list where one value is expected (`beta: [0, 0.1]`): every combination.
+
+    Returns:
+        (what distinguishes it, the configuration) of each; the last list's values vary fastest. Without such a list,
+        or where a flag takes its place, one configuration that nothing distinguishes.
+
+    Raises:
+        UsageError: as `load`, or a list is empty or names a value twice.
+    """
+    raw = _read_yaml(cls, file) if file is not None else {}
+    axes = {}
+    for name, value in raw.items():
+        is_tuple = field_type(cls, name)[1]
+        if isinstance(value, list) and flags.get(name) is None and (not is_tuple or any(map(_is_list, value))):
+            axes[name] = [_coerce(cls, name, one, f"{file}: '{name}'") for one in value]
+            if not value or len(set(axes[name])) < len(value):
+                raise UsageError(f"{file}: '{name}' is {value}; expected a list of different values")
+    fixed = {name: _coerce(cls, name, v, f"{file}: '{name}'") for name, v in raw.items() if name not in axes}
+    fixed.update({name: value for name, value in flags.items() if value is not None})
+    combinations = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+    return [(values, cls(**fixed, **values)) for values in combinations]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
 
 
 def flag_name(f: "dataclasses.Field[Any]") -> str:
@@ -120,6 +153,7 @@ def field_type(cls: type[Settings], name: str) -> tuple[type, bool, bool]:
 
 
 def _read_yaml(cls: type[Settings], file: Path) -> dict[str, Any]:
+    """The values of a file's keys as YAML gives them; the keys are known."""
     try:
         text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
@@ -142,7 +176,7 @@ def _read_yaml(cls: type[Settings], file: Path) -> dict[str, Any]:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
             raise UsageError(f"{file}: unknown key '{key}'; {hint}")
-        values[name] = _coerce(cls, name, value, f"{file}: '{key}'")
+        values[name] = value
     return values
 
 
@@ -152,10 +186,11 @@ def _coerce(cls: type[Settings], name: str, value: Any, where: str) -> Any:
         if optional:
             return None
         raise UsageError(f"{where} is empty; give a value or leave the key out")
-    if is_tuple:
-        items = value if isinstance(value, list) else [value]
-        return tuple(_coerce_one(element, item, where) for item in items)
-    return _coerce_one(element, value, where)
+    from_mapping = cls.__dataclass_fields__[name].metadata.get("from_mapping")
+    items = value if is_tuple and isinstance(value, list) else [value]
+    items = [from_mapping(item, where) if from_mapping and isinstance(item, dict) else item for item in items]
+    coerced = tuple(_coerce_one(element, item, where) for item in items)
+    return coerced if is_tuple else coerced[0]
 
 
 def _coerce_one(element: type, value: Any, where: str) -> Any:

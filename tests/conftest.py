@@ -36,3 +36,9 @@ def external_data() -> Path:
 def external_models() -> Path:
     """A folder with real small models (smollm2-135m-instruct/, gemma-3-270m/)."""
     return _external("CALSMOOTH_TEST_MODELS", "models")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test leaves tokenised data in the user's cache, or finds some there."""
+    os.environ["CALSMOOTH_CACHE"] = str(tmp_path_factory.mktemp("cache"))

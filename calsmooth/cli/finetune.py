@@ -32,9 +32,9 @@ def finetune(config: FinetuneConfig, output: Output) -> None:
     if config.dry_run:
         _show_plan(config, output)
         return
-    built_in = config.model == BUILT_IN and config.dataset == BUILT_IN
+    built_in = config.model == BUILT_IN and config.dataset == (BUILT_IN,)
     model = "the built-in model" if config.model == BUILT_IN else config.model
-    dataset = "the built-in data" if config.dataset == BUILT_IN else config.dataset
+    dataset = "the built-in data" if config.dataset == (BUILT_IN,) else " + ".join(config.dataset)
     console.say(f"Fine-tuning {model} on {dataset} with label smoothing beta = {config.beta:g}.")
     from rich.console import Group
 

@@ -1,20 +1,34 @@
 """Examples that a model trains on or is measured on: token ids, and labels on the response tokens only."""
 
+import array
 import bisect
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
 
 from calsmooth import console
+from calsmooth.data.cache import cached, fingerprint
 from calsmooth.data.formats import Conversation, detect_format, to_conversation
-from calsmooth.data.sources import load_rows
+from calsmooth.data.sources import BadRow, Part, Row, Source, choose, open_source, parse_sources
 from calsmooth.data.templates import Rendered, choose_template, render
 from calsmooth.errors import CalsmoothError, UsageError
+from calsmooth.files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """Label of tokens that are read but not learned (torch's ignore_index)."""
+
+ROWS_AT_ONCE = 256
+"""Tokenised in one call, which costs a third less than one call a row."""
+
+BAD_ROWS_KEPT = 3
+"""So many of the skipped rows' faults are kept for the reader."""
 
 
 @dataclass(frozen=True)
@@ -29,30 +43,87 @@ class Example:
         return sum(label != IGNORED for label in self.labels)
 
 
+@dataclass(frozen=True, eq=False)
+class Examples(Sequence[Example]):
+    """Many examples in three flat arrays, which may lie in a file: 5 bytes a token, whatever their number.
+
+    tokens: (total,) int32. learned: (total,) bool, where the label is the token. starts: (n + 1,) int64.
+    """
+
+    tokens: np.ndarray
+    learned: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> "Examples":
+        store = _Store()
+        for example in examples:
+            store.add(example)
+        return store.examples()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens of each."""
+        return np.diff(self.starts)
+
+    @property
+    def target_tokens(self) -> int:
+        """Of all together."""
+        return int(np.count_nonzero(self.learned))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        here = slice(int(self.starts[i]), int(self.starts[i + 1]))
+        tokens = self.tokens[here]
+        return Example(tokens.tolist(), np.where(self.learned[here], tokens, IGNORED).tolist())
+
+
+@dataclass(frozen=True)
+class SourceCount:
+    """One source of a mixture. examples: of the set, which has them in the sources' order. weight: see `Source`."""
+
+    name: str
+    examples: int
+    weight: float | None
+
+
 @dataclass(frozen=True)
 class ExampleSet:
     """The examples of a data set and how they came about.
 
-    rows: read. bad: left out because a column was wrong. dropped: left out because the response lay past max_length.
-    truncated: cut at max_length.
+    rows: read. bad: left out because they couldn't be read or a column was wrong; bad_rows: what was wrong with the
+    first few. dropped: left out because the response lay past max_length. truncated: cut at max_length.
+    from_cache: nothing had to be tokenised.
     """
 
-    examples: list[Example]
+    examples: Examples
     rows: int
     bad: int
     dropped: int
     truncated: int
     format: str
     template: str
+    sources: tuple[SourceCount, ...] = ()
+    bad_rows: tuple[str, ...] = ()
+    from_cache: bool = False
 
 
-def load_examples(source: str, tokenizer: "PreTrainedTokenizerBase", **options: Any) -> list[Example]:
+def load_examples(source: str | Sequence[str], tokenizer: "PreTrainedTokenizerBase", **options: Any) -> list[Example]:
     """The examples alone of `load_example_set(source, tokenizer, **options)`, which says what the options are."""
-    return load_example_set(source, tokenizer, **options).examples
+    return list(load_example_set(source, tokenizer, **options).examples)
 
 
 def load_example_set(
-    source: str,
+    source: str | Sequence[str],
     tokenizer: "PreTrainedTokenizerBase",
     *,
     format: str | None = None,
@@ -63,44 +134,44 @@ def load_example_set(
     split: str | None = None,
     revision: str | None = None,
     on_bad_row: str = "fail",
+    cache: bool = False,
 ) -> ExampleSet:
-    """Read, render and tokenise a data set (see `calsmooth.data.sources.load_rows` for `source`).
+    """Read, render and tokenise one source or several (see `calsmooth.data.sources`).
 
     Args:
-        format: a name in `calsmooth.data.formats.FORMATS`; None tells it from the first row's columns.
-        template: 'auto', 'chat' or 'alpaca' (see `calsmooth.data.templates`).
+        format: a name in `calsmooth.data.formats.FORMATS`; None tells it from each file's first row.
+        template: 'auto', 'chat', 'alpaca' or 'tulu' (see `calsmooth.data.templates`).
         max_length: longer examples keep their beginning.
-        limit: a random, seeded choice of so many rows.
-        on_bad_row: 'fail' at a row whose columns are missing, empty or of the wrong type, or 'skip' and count it.
+        limit: a random, seeded choice of so many rows of all together.
+        on_bad_row: 'fail' at a row that can't be read or whose columns are missing, empty or of the wrong type, or
+            'skip' and count it.
+        cache: keep what was tokenised for the next time (see `calsmooth.data.cache`).
 
     Raises:
         UsageError, CalsmoothError: the data can't be had, a row is bad, or no response fits max_length.
     """
-    rows = load_rows(source, split=split, revision=revision, limit=limit, seed=seed)
-    format = format or detect_format(rows[0])
+    sources = parse_sources([source] if isinstance(source, str) else source, split, revision)
+    parts = [(i, part) for i, s in enumerate(sources) for part in open_source(s)]
     template = choose_template(template, tokenizer)
-    examples, truncated, bad = [], 0, 0
-    with console.progress("tokenising", len(rows)) as advance:
-        for row in rows:
-            advance()
-            try:
-                conversation = to_conversation(row, format)
-            except CalsmoothError as error:
-                if on_bad_row == "fail":
-                    raise type(error)(f"{error}; mend or remove such rows (finetune: --on-bad-row skip)") from None
-                bad += 1
-                continue
-            example = encode(conversation, template, tokenizer)
-            if len(example.input_ids) > max_length:
-                truncated += 1
-                example = Example(example.input_ids[:max_length], example.labels[:max_length])
-            if example.target_tokens:
-                examples.append(example)
-    if bad == len(rows):
-        raise CalsmoothError(f"--dataset {source}: every row is bad; --on-bad-row fail names the first one's column")
-    if not examples:
-        raise CalsmoothError(f"--dataset {source}: no response fits --max-length {max_length}; raise it")
-    return ExampleSet(examples, len(rows), bad, len(rows) - bad - len(examples), truncated, format, template)
+    reading = Reading(tokenizer, format, template, max_length, on_bad_row)
+
+    def tokenise() -> ExampleSet:
+        return _tokenise(sources, parts, reading, limit, seed)
+
+    if not cache:
+        return tokenise()
+    key = fingerprint(
+        tokenizer,
+        parts=[(i, part.fingerprint()) for i, part in parts],
+        sources=[(s.place, s.weight) for s in sources],
+        format=format,
+        template=template,
+        max_length=max_length,
+        limit=limit,
+        seed=seed if limit else None,
+        on_bad_row=on_bad_row,
+    )
+    return cached(key, tokenise, _save, _load)
 
 
 def encode(conversation: Conversation, template: str, tokenizer: "PreTrainedTokenizerBase") -> Example:
@@ -110,15 +181,142 @@ def encode(conversation: Conversation, template: str, tokenizer: "PreTrainedToke
         UsageError: the tokenizer can't say which characters a token covers.
         CalsmoothError: the chat template can't be used for this conversation.
     """
+    return _encode([_render(conversation, template, tokenizer)], tokenizer)[0]
+
+
+def encode_rows(rows: Sequence[Row | BadRow], reading: "Reading") -> list[Example | BadRow]:
+    """An example for each row, cut at max_length, or why there is none. See `Reading.conversation` for errors."""
+    results: list[Example | BadRow] = []
+    rendered: list[Rendered] = []
+    for row in rows:
+        found = reading.rendered(row)
+        results.append(found if isinstance(found, BadRow) else Example([], []))
+        if not isinstance(found, BadRow):
+            rendered.append(found)
+    encoded = iter(_encode(rendered, reading.tokenizer))
+    return [r if isinstance(r, BadRow) else next(encoded) for r in results]
+
+
+@dataclass
+class Reading:
+    """How rows become examples. The format of a file is told once, from its first good row."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    format: str | None
+    template: str
+    max_length: int
+    on_bad_row: str
+    found: str | None = None
+    formats: dict[str, None] = field(default_factory=dict)  # all that were met, in order
+
+    def begin_part(self) -> None:
+        self.found = self.format
+
+    def rendered(self, row: Row | BadRow) -> Rendered | BadRow:
+        """The row's text, or why it has none.
+
+        Raises:
+            CalsmoothError: it has none and bad rows aren't to be skipped, or the set's columns fit no format.
+        """
+        try:
+            if isinstance(row, BadRow):
+                raise CalsmoothError(row.why)
+            if self.found is None:
+                self.found = detect_format(row)
+            self.formats[self.found] = None
+            return _render(to_conversation(row, self.found), self.template, self.tokenizer)
+        except UsageError:
+            raise
+        except CalsmoothError as error:
+            if self.on_bad_row == "fail":
+                raise CalsmoothError(f"{error}; mend or remove such rows (finetune: --on-bad-row skip)") from None
+            return BadRow(str(error))
+
+
+def _tokenise(
+    sources: Sequence[Source], parts: Sequence[tuple[int, Part]], reading: Reading, limit: int | None, seed: int
+) -> ExampleSet:
+    store, counts = _Store(), [0] * len(sources)
+    rows, truncated, bad = 0, 0, 0
+    bad_rows: list[str] = []
+    with console.progress("tokenising", limit) as advance:
+        for number, batch in _batches(parts, reading, limit, seed):
+            rows += len(batch)
+            for found in encode_rows(batch, reading):
+                if isinstance(found, BadRow):
+                    bad += 1
+                    bad_rows += [found.why] if len(bad_rows) < BAD_ROWS_KEPT else []
+                    continue
+                truncated += len(found.input_ids) > reading.max_length
+                found = _cut(found, reading.max_length)
+                if found.target_tokens:
+                    store.add(found)
+                    counts[number] += 1
+            advance(len(batch))
+    named = f"--dataset {', '.join(s.place for s in sources)}"
+    if not rows:
+        raise CalsmoothError(f"{named}: holds no rows")
+    if bad == rows:
+        raise CalsmoothError(f"{named}: every row is bad, the first one: {bad_rows[0]}")
+    if not len(store):
+        raise CalsmoothError(f"{named}: no response fits --max-length {reading.max_length}; raise it")
+    for source, count in zip(sources, counts, strict=True):
+        if not count:
+            raise CalsmoothError(f"--dataset {source.place}: gives no example; leave it out, or mend its rows")
+    return ExampleSet(
+        store.examples(),
+        rows,
+        bad,
+        rows - bad - len(store),
+        truncated,
+        ", ".join(reading.formats),
+        reading.template,
+        tuple(SourceCount(s.place, n, s.weight) for s, n in zip(sources, counts, strict=True)),
+        tuple(bad_rows),
+    )
+
+
+def _batches(
+    parts: Sequence[tuple[int, Part]], reading: Reading, limit: int | None, seed: int
+) -> Iterator[tuple[int, list[Row | BadRow]]]:
+    """(number of the source, rows that come one after another in one of its files)."""
+    if limit is not None:
+        rows = [(position, row) for position, (_, part) in enumerate(parts) for row in part.read()]
+        chosen = [rows[i] for i in choose(len(rows), limit, seed)]
+        groups = itertools.groupby(chosen, key=lambda item: item[0])
+        read: Iterable[tuple[int, Iterator[Row | BadRow]]] = (
+            (parts[position][0], (row for _, row in group)) for position, group in groups
+        )
+    else:
+        read = ((number, part.read()) for number, part in parts)
+    for number, stream in read:
+        reading.begin_part()
+        while batch := list(itertools.islice(stream, ROWS_AT_ONCE)):
+            yield number, batch
+
+
+def _render(conversation: Conversation, template: str, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
     if not tokenizer.is_fast:
         raise UsageError(
             "this model has only a slow tokenizer, which can't map tokens to text; convert it to a fast one"
         )
-    rendered = render(conversation, template, tokenizer)
-    encoded = tokenizer(
-        rendered.text, add_special_tokens=rendered.special_tokens, return_offsets_mapping=True, verbose=False
-    )
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    return render(conversation, template, tokenizer)
+
+
+def _encode(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+    examples: list[Example | None] = [None] * len(rendered)
+    for special in (True, False):
+        indices = [i for i, r in enumerate(rendered) if r.special_tokens == special]
+        if not indices:
+            continue
+        texts = [rendered[i].text for i in indices]
+        encoded = tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        for i, ids, offsets in zip(indices, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            examples[i] = _labelled(list(ids), offsets, rendered[i])
+    return [example for example in examples if example is not None]
+
+
+def _labelled(ids: list[int], offsets: Sequence[tuple[int, int]], rendered: Rendered) -> Example:
     labels = [
         token if _inside(start, end, rendered) else IGNORED for token, (start, end) in zip(ids, offsets, strict=True)
     ]
@@ -134,3 +332,49 @@ def _inside(start: int, end: int, rendered: Rendered) -> bool:
     # it left out, a short response would never be learned.
     i = bisect.bisect_left(rendered.spans, end, key=lambda span: span[0]) - 1
     return i >= 0 and start < rendered.spans[i][1]
+
+
+def _cut(example: Example, max_length: int) -> Example:
+    if len(example.input_ids) <= max_length:
+        return example
+    return Example(example.input_ids[:max_length], example.labels[:max_length])
+
+
+class _Store:
+    """Examples as they come, in arrays that grow."""
+
+    def __init__(self) -> None:
+        self.tokens, self.learned, self.starts = array.array("i"), bytearray(), array.array("q", [0])
+
+    def add(self, example: Example) -> None:
+        self.tokens.extend(example.input_ids)
+        self.learned.extend(label != IGNORED for label in example.labels)
+        self.starts.append(len(self.tokens))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def examples(self) -> Examples:
+        return Examples(
+            np.frombuffer(self.tokens, dtype=np.int32),
+            np.frombuffer(self.learned, dtype=np.bool_),
+            np.frombuffer(self.starts, dtype=np.int64),
+        )
+
+
+_ARRAYS = ("tokens", "learned", "starts")
+
+
+def _save(found: ExampleSet, folder: Path) -> None:
+    for name in _ARRAYS:
+        np.save(folder / f"{name}.npy", getattr(found.examples, name))
+    about = {name: value for name, value in vars(found).items() if name not in ("examples", "from_cache")}
+    write_json(folder / "about.json", about | {"sources": [vars(s) for s in found.sources]})
+
+
+def _load(folder: Path) -> ExampleSet:
+    about = read_json(folder / "about.json")
+    about["sources"] = tuple(SourceCount(**s) for s in about["sources"])
+    about["bad_rows"] = tuple(about["bad_rows"])
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+    return ExampleSet(Examples(**arrays), **about, from_cache=True)

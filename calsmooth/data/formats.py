@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from calsmooth.data.sources import Row
+from calsmooth.data.readers import Row
 from calsmooth.errors import CalsmoothError, UsageError
 
 
@@ -21,7 +21,7 @@ class Turn:
 class Conversation:
     """Turns in order; the assistant's are what a model learns.
 
-    verbatim: the text is already in its final form (prompt/completion data), so that no template may touch it.
+    verbatim: the text is already in its final form (prompt/completion data, plain text): no template may touch it.
     """
 
     turns: tuple[Turn, ...]
@@ -39,8 +39,7 @@ def detect_format(row: Row) -> str:
         if any(set(needed) <= row.columns.keys() for needed in columns):
             return name
     known = "; ".join(f"{name}: {' or '.join('+'.join(c) for c in columns)}" for name, (columns, _) in FORMATS.items())
-    found = ", ".join(map(str, row.columns)) or "none"
-    raise CalsmoothError(f"{row.where}: columns {found} fit no known format ({known})")
+    raise CalsmoothError(f"{row.where}: columns {_names(row)} fit no known format ({known})")
 
 
 def to_conversation(row: Row, format: str) -> Conversation:
@@ -69,17 +68,28 @@ def _prompt_completion(row: Row) -> Conversation:
     return Conversation(turns, row.where, verbatim=True)
 
 
+def _plain_text(row: Row) -> Conversation:
+    """Every token is a target: a text is what the model says, with nothing before it."""
+    return Conversation((Turn("assistant", _text(row, "text")),), row.where, verbatim=True)
+
+
 def _messages(row: Row) -> Conversation:
     return _turns(row, "messages", "role", "content", {r: r for r in ("system", "user", "assistant")})
 
 
 def _sharegpt(row: Row) -> Conversation:
     roles = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-    return _turns(row, "conversations", "from", "value", roles)
+    messages = row.columns.get("conversations")
+    first = messages[0] if isinstance(messages, list) and messages else None
+    # Newer sets keep the column's name and take the keys of 'messages'.
+    keys = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
+    return _turns(row, "conversations", *keys, roles)
 
 
 def _turns(row: Row, column: str, role_key: str, content_key: str, roles: dict[str, str]) -> Conversation:
-    messages = row.columns.get(column)
+    if column not in row.columns:
+        raise CalsmoothError(f"{row.where}: no column '{column}'; found {_names(row)}")
+    messages = row.columns[column]
     if not isinstance(messages, list) or not messages:
         raise CalsmoothError(f"{row.where}: column '{column}' must be a list of messages, got {_short(messages)}")
     turns = []
@@ -102,7 +112,7 @@ def _text(row: Row, column: str, required: bool = True) -> str:
     if value is None and not required:
         return ""
     if column not in row.columns:
-        raise CalsmoothError(f"{row.where}: no column '{column}'; found {', '.join(map(str, row.columns)) or 'none'}")
+        raise CalsmoothError(f"{row.where}: no column '{column}'; found {_names(row)}")
     if not isinstance(value, str):
         raise CalsmoothError(f"{row.where}: column '{column}' must be text, got {_short(value)}")
     if required and not value.strip():
@@ -120,15 +130,21 @@ def _check_unicode(text: str, what: str) -> None:
         raise CalsmoothError(f"{what} isn't Unicode text: character {error.start + 1} is {half}, half a pair") from None
 
 
+def _names(row: Row) -> str:
+    return ", ".join(map(str, row.columns)) or "none"
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-# name: (alternatives of columns by which it is known, reader). The first that fits is taken.
+# name: (alternatives of columns by which it is known, reader). The first that fits is taken; plain text is the last,
+# because sets of every kind also keep a rendered 'text' beside their columns.
 FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Row], Conversation]]] = {
     "messages": ((("messages",),), _messages),
     "sharegpt": ((("conversations",),), _sharegpt),
     "alpaca": ((("instruction", "output"),), _alpaca),
     "prompt": ((("prompt", "completion"), ("prompt", "response")), _prompt_completion),
+    "text": ((("text",),), _plain_text),
 }

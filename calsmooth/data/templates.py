@@ -19,7 +19,7 @@ from calsmooth.errors import CalsmoothError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATES = ("auto", "chat", "alpaca")
+TEMPLATES = ("auto", "chat", "alpaca", "tulu")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -36,7 +36,7 @@ class Rendered:
 
 
 def choose_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """'chat' or 'alpaca': what `name` means for this tokenizer ('auto' is chat where it has a chat template).
+    """'chat', 'alpaca' or 'tulu': what `name` means for this tokenizer ('auto' is chat where it has a chat template).
 
     Raises:
         UsageError: no such template, or 'chat' was asked for and the tokenizer has no chat template.
@@ -47,12 +47,12 @@ def choose_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     if name == "auto":
         return "chat" if has_chat else "alpaca"
     if name == "chat" and not has_chat:
-        raise UsageError("--template chat: this model's tokenizer has no chat template; use --template alpaca")
+        raise UsageError("--template chat: this model's tokenizer has no chat template; use --template alpaca or tulu")
     return name
 
 
 def render(conversation: Conversation, template: str, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
-    """The conversation under 'chat' or 'alpaca'; prompt/completion rows are left as they are.
+    """The conversation under 'chat', 'alpaca' or 'tulu'; prompt/completion rows and plain text are left as they are.
 
     Raises:
         CalsmoothError: the chat template refuses the conversation, or rewrites earlier text when a turn is added, so
@@ -62,6 +62,8 @@ def render(conversation: Conversation, template: str, tokenizer: "PreTrainedToke
         return _join([(turn.content, turn.role == "assistant") for turn in conversation.turns], tokenizer)
     if template == "alpaca":
         return _join(_alpaca_pieces(conversation), tokenizer)
+    if template == "tulu":
+        return _join(_tulu_pieces(conversation), tokenizer)
     return _chat(conversation, tokenizer)
 
 
@@ -95,6 +97,20 @@ def _alpaca_pieces(conversation: Conversation) -> list[tuple[str, bool]]:
             pieces.append((section, False))
         elif turn.role == "assistant":
             pieces += [("\n\n### Response:\n", False), (turn.content, True)]
+    return pieces
+
+
+def _tulu_pieces(conversation: Conversation) -> list[tuple[str, bool]]:
+    """The template of open-instruct's Tulu models: a line for the role, then what it says."""
+    pieces: list[tuple[str, bool]] = []
+    for turn in conversation.turns:
+        # A response ends with the end-of-sequence token, which is its own to say; the line break after it isn't.
+        seam = "\n" if pieces and pieces[-1][1] else ""
+        if turn.role == "assistant":
+            pieces += [(f"{seam}<|assistant|>\n", False), (turn.content, True)]
+        else:
+            content = f"{turn.content}\n\n{turn.input}" if turn.input else turn.content
+            pieces.append((f"{seam}<|{turn.role}|>\n{content}\n", False))
     return pieces
 
 

@@ -25,7 +25,7 @@ class Plan:
 
     @property
     def target_tokens(self) -> int:
-        return sum(e.target_tokens for e in self.examples.examples)
+        return self.examples.examples.target_tokens
 
     @property
     def micro_batch(self) -> int:
@@ -65,11 +65,12 @@ def prepare(config: FinetuneConfig) -> "tuple[Plan, PreTrainedTokenizerBase]":
         split=config.split,
         revision=config.dataset_revision,
         on_bad_row=config.on_bad_row,
+        cache=config.cache,
     )
     steps = epochs * -(-len(examples.examples) // batch_size)
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     config = dataclasses.replace(config, dtype=dtype, save_every=config.save_every or -(-steps // 10))
-    longest = max(len(e.input_ids) for e in examples.examples)
+    longest = int(examples.examples.lengths.max())
     sizes = (
         [config.micro_batch_size]
         if config.micro_batch_size

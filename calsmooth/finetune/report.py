@@ -50,7 +50,8 @@ def model_card(settings: dict[str, Any], summary: dict[str, Any], versions: dict
     front = ["---", "library_name: transformers", "tags:", "- calsmooth", "- label-smoothing", "- sft"]
     if "/" in settings["model"] and not settings["model"].startswith((".", "/")):
         front.append(f"base_model: {settings['model']}")
-    rows = "\n".join(f"| {key} | {value} |" for key, value in settings.items() if value is not None)
+    data = ", ".join(f"`{source}`" for source in settings["dataset"])
+    rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in settings.items() if value is not None)
     used = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
         "\n".join([*front, "---"])
@@ -58,7 +59,7 @@ def model_card(settings: dict[str, Any], summary: dict[str, Any], versions: dict
 
 # {settings["model"]}, fine-tuned with label smoothing {settings["beta"]:g}
 
-Supervised fine-tuning of `{settings["model"]}` on `{settings["dataset"]}` with
+Supervised fine-tuning of `{settings["model"]}` on {data} with
 [calsmooth](https://pypi.org/project/calsmooth): cross-entropy on the response tokens, label smoothing
 beta = {settings["beta"]:g}.
 
@@ -81,3 +82,7 @@ is right can be measured with `calsmooth evaluate --model FOLDER`.
 Made with {used}.
 """
     )
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -22,7 +22,7 @@ def write_results(
     config = plan.config
     card = model_card(config.to_dict(), summary, versions())
     metrics = [values for _, values in read_jsonl(folder / "metrics.jsonl")]
-    title = f"{model_label(config.model)} on {Path(config.dataset).name}, beta = {config.beta:g}"
+    title = f"{model_label(config.model)} on {config.dataset_label()}, beta = {config.beta:g}"
     save_figure(plot_loss_curve(prepare_loss_curve(metrics), title), folder / "loss.png")
     write_text(folder / "README.md", card)
     write_json(folder / "summary.json", summary)

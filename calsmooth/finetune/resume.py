@@ -15,7 +15,7 @@ COMPLETED = "COMPLETED"
 """Written last of all: a folder without it is an interrupted run's."""
 
 # Where a run lies and how it is watched may differ when it is resumed; what it computes may not.
-FREE_ON_RESUME = {"output", "resume", "dry_run", "keep_last", "log_every", "save_every"}
+FREE_ON_RESUME = {"cache", "output", "resume", "dry_run", "keep_last", "log_every", "save_every"}
 
 
 def find_run(config: FinetuneConfig) -> Path | None:

@@ -50,7 +50,9 @@ class TestDetection:
             detect_format(Row({}, "w"))
 
     def test_an_unknown_format_name_is_a_usage_error(self):
-        with pytest.raises(UsageError, match="--format must be one of messages, sharegpt, alpaca, prompt, got 'dolly'"):
+        with pytest.raises(
+            UsageError, match="--format must be one of messages, sharegpt, alpaca, prompt, text, got 'dolly'"
+        ):
             read("dolly", {"prompt": "a", "response": "b"})
 
 

@@ -120,7 +120,7 @@ class TestBadInput:
             ("rows.jsonl", '{"a": 1}\n{"a": 2\n', ", line 2: not valid JSON"),
             ("rows.jsonl", '{"a": 1}\n\n["a"]\n', ", line 3: expected an object with named columns, got a list"),
             ("rows.jsonl", "null\n", ", line 1: expected an object with named columns, got a NoneType"),
-            ("rows.jsonl", b'{"a": "\xff"}\n', ": not UTF-8 text"),
+            ("rows.jsonl", b'{"a": "\xff"}\n', ", line 1: not UTF-8 text"),
             ("rows.json", '[{"a": 1},\n{"a" 2}]', ": not readable as JSON (Expecting ':' delimiter: line 2"),
             ("rows.json", '[{"a": 1}, "b"]', ", row 2: expected an object with named columns, got a str"),
             ("rows.json", '{"data": []}', ": expected a list of rows, got a dict"),

@@ -30,7 +30,7 @@ class TestChoice:
             choose_template("chat", plain)
 
     def test_an_unknown_name_is_a_usage_error(self, chatml):
-        with pytest.raises(UsageError, match="--template must be one of auto, chat, alpaca, got 'vicuna'"):
+        with pytest.raises(UsageError, match="--template must be one of auto, chat, alpaca, tulu, got 'vicuna'"):
             choose_template("vicuna", chatml)
 
 
