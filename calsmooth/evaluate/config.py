@@ -2,23 +2,26 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from calsmooth.config import Settings, setting
-from calsmooth.evaluate.tasks import CHOICE_TASKS, TASK_NAMES
+from calsmooth.evaluate.tasks import CHOICE_TASKS, TASK_NAMES, check_task
 from calsmooth.models import BUILT_IN
 
 PROMPT, DATA, COMPUTE = "Prompts", "Data", "Computing"
+TASK_HELP = "Tasks, separated by commas or repeated; a YAML file is a task of your own. Names: {}."
 
 
 @dataclass(frozen=True)
 class ChoicesConfig(Settings):
     """One evaluation of a model on multiple-choice tasks."""
 
+    task_names: ClassVar[tuple[str, ...]] = tuple(CHOICE_TASKS)
+
     model: str = setting(BUILT_IN, "Model folder or hub id; 'demo' is the built-in one.", flags=("--model", "-m"))
     task: tuple[str, ...] = setting(
         ("demo",),
-        "Tasks, separated by commas or repeated.",
-        choices=tuple(CHOICE_TASKS),
+        TASK_HELP.format(", ".join(CHOICE_TASKS)),
         flags=("--task", "-t"),
         metavar="NAME,...",
     )
@@ -26,7 +29,11 @@ class ChoicesConfig(Settings):
         None, "Folder for the results: new or empty.", shown_default="runs/evaluate-MODEL", flags=("--output", "-o")
     )
     shots: int | None = setting(
-        None, "Solved examples before each question.", shown_default="5; demo: 0", minimum=0, panel=PROMPT
+        None,
+        "Solved examples before each question.",
+        shown_default="5; truthfulqa_mc1, demo: 0",
+        minimum=0,
+        panel=PROMPT,
     )
     format: str | None = setting(
         None,
@@ -39,6 +46,15 @@ class ChoicesConfig(Settings):
         "hendrycks",
         "Wording of letter prompts: the original MMLU script's or lm-evaluation-harness's.",
         choices=("hendrycks", "lm-eval"),
+        panel=PROMPT,
+    )
+    chat_template: bool = setting(
+        False, "Ask in the model's chat format: questions are the user's turns, answers the assistant's.", panel=PROMPT
+    )
+    shots_as: str = setting(
+        "turns",
+        "With --chat-template: solved examples as turns of their own, or as text in the question's turn.",
+        choices=("turns", "text"),
         panel=PROMPT,
     )
     data_dir: Path | None = setting(
@@ -73,15 +89,21 @@ class ChoicesConfig(Settings):
         panel=COMPUTE,
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.task:
+            check_task(name, self.task_names)
+
 
 @dataclass(frozen=True)
 class EvaluateConfig(ChoicesConfig):
     """One evaluation of a model on multiple-choice tasks, on held-out responses, or both."""
 
+    task_names: ClassVar[tuple[str, ...]] = TASK_NAMES
+
     task: tuple[str, ...] = setting(
         ("demo",),
-        "Tasks, separated by commas or repeated.",
-        choices=TASK_NAMES,
+        TASK_HELP.format(", ".join(TASK_NAMES)),
         flags=("--task", "-t"),
         metavar="NAME,...",
     )

@@ -65,20 +65,26 @@ class Encoder:
             raise CalsmoothError(
                 f"--max-length {self.max_length}: too short for the answer {prompt.continuations[0]!r}"
             )
-        return replace(request, context=request.context[excess:], dropped_shots=prompt.shots - shots, truncated=excess > 0)
+        dropped, context = prompt.shots - shots, request.context[excess:]
+        return replace(request, context=context, dropped_shots=dropped, truncated=excess > 0)
 
     def _encode(self, prompt: Prompt, shots: int) -> Request:
         text = prompt.text(shots)
-        alone, *whole = self.tokenizer(
-            [text, *(text + continuation for continuation in prompt.continuations)], add_special_tokens=False
-        )["input_ids"]
-        split = len(common_prefix([alone, *whole]))
-        context = (self.beginning if prompt.special_tokens else []) + alone[:split]
+        openings = prompt.openings or ("",)
+        contexts = [text + opening for opening in openings]
+        each = contexts if prompt.openings else contexts * len(prompt.continuations)
+        texts = [before + continuation for before, continuation in zip(each, prompt.continuations, strict=True)]
+        ids = self.tokenizer([*contexts, *texts], add_special_tokens=False)["input_ids"]
+        read, whole = ids[: len(contexts)], ids[len(contexts) :]
+        split = len(common_prefix(ids))
+        # Where contexts differ, what a continuation shares with its own is given.
+        given = tuple(len(common_prefix([a, b])) - split for a, b in zip(read, whole, strict=False))
+        context = (self.beginning if prompt.special_tokens else []) + read[0][:split]
         if not context:
             # Nothing to condition the first token on: a model without a beginning token takes its end token for it.
             bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
             context = [eos if bos is None else bos]
-        return Request(context, [ids[split:] for ids in whole])
+        return Request(context, [tokens[split:] for tokens in whole], given if prompt.openings else ())
 
 
 def shared_prefix(requests: Sequence[Request]) -> list[int]:

@@ -12,11 +12,12 @@ from calsmooth.console import progress
 from calsmooth.environment import environment
 from calsmooth.evaluate.config import ChoicesConfig, EvaluateConfig
 from calsmooth.evaluate.next_token import predict_tokens
-from calsmooth.evaluate.prompts import Prompt, cloze_prompt, conversation_prompt, letter_prompt
-from calsmooth.evaluate.questions import Question, Task, TaskData, sample
+from calsmooth.evaluate.prompts import Prompt, prompter
+from calsmooth.evaluate.questions import Question, sample
 from calsmooth.evaluate.requests import Encoder, Request
 from calsmooth.evaluate.scoring import Scorer
-from calsmooth.evaluate.tasks import CHOICE_TASKS, RESPONSES
+from calsmooth.evaluate.task import Task, TaskData
+from calsmooth.evaluate.tasks import RESPONSES, choice_tasks
 from calsmooth.evaluate.tasks.responses import load_responses
 from calsmooth.files import run_folder, write_json
 from calsmooth.models import load_model, load_tokenizer, model_label, pick_device, pick_dtype
@@ -61,7 +62,7 @@ def run(config: ChoicesConfig) -> EvaluateResult:
         CalsmoothError: the model or a task's data can't be had or is bad.
     """
     # Data first: a missing file should show before a model is loaded.
-    loaded = {name: _load(CHOICE_TASKS[name], config) for name in dict.fromkeys(config.task) if name in CHOICE_TASKS}
+    loaded = [(task, _load(task, config)) for task in choice_tasks(config.task)]
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     tokenizer = load_tokenizer(config.model, config.revision)
@@ -82,11 +83,10 @@ def run(config: ChoicesConfig) -> EvaluateResult:
 
     tasks: dict[str, TaskResult] = {}
     started = time.perf_counter()
-    for name in dict.fromkeys(config.task):
-        if name in loaded:
-            tasks[name] = _choices(CHOICE_TASKS[name], loaded[name], config, model, tokenizer)
-        elif responses is not None:
-            tasks[name] = _responses(*responses, config, model)
+    for task, data in loaded:
+        tasks[task.name] = _choices(task, data, config, model, tokenizer)
+    if responses is not None:
+        tasks[RESPONSES] = _responses(*responses, config, model)
     predictions = [p for task in tasks.values() for p in task.predictions]
     results = {
         "model": config.model,
@@ -122,16 +122,8 @@ def _choices(
     shots = task.shots if config.shots is None else config.shots
     form = config.format or task.format
     notes = list(data.notes)
-    prompt = config.prompt_style if form == "letter" else "conversation" if task.conversation else "continuation"
-
-    def ask(question: Question) -> Prompt:
-        examples = list(data.examples.get(question.subject, ()))[:shots]
-        if prompt == "conversation":
-            return conversation_prompt(tokenizer, question, examples)
-        if prompt == "continuation":
-            return cloze_prompt(task, question, examples)
-        return letter_prompt(question, examples, config.prompt_style)
-
+    chat = config.shots_as if config.chat_template else None
+    wording, ask = prompter(task, format=form, style=config.prompt_style, chat=chat, tokenizer=tokenizer)
     encode = Encoder(tokenizer, config.max_length or _longest(model))
     scorer = Scorer(model, batch_size=config.batch_size)
     questions = sample(data.questions, config.limit, config.seed)
@@ -140,11 +132,12 @@ def _choices(
         ordered = sorted(questions, key=lambda q: q.subject)
         for _, group in groupby(ordered, key=lambda q: q.subject):
             members = list(group)
-            encoded = [encode(ask(question)) for question in members]
+            prompts = [ask(question, list(data.examples.get(question.subject, ()))) for question in members]
+            encoded = [encode(prompt) for prompt in prompts]
             scores = scorer.score(encoded, advance)
             predictions += [
-                _prediction(task.name, question, logprobs, form)
-                for question, logprobs in zip(members, scores, strict=True)
+                _prediction(task.name, question, logprobs, prompt)
+                for question, logprobs, prompt in zip(members, scores, prompts, strict=True)
             ]
             requests += encoded
     fewest = min(len(data.examples.get(q.subject, ())) for q in questions)
@@ -155,7 +148,8 @@ def _choices(
         **_summary(predictions, config, resamples=RESAMPLES),
         "questions_available": len(data.questions),
         "format": form,
-        "prompt": prompt,
+        "prompt": wording,
+        "chat_template": chat,
         "shots": min(shots, fewest),
         "prompts_with_dropped_shots": sum(r.dropped_shots > 0 for r in requests),
         "prompts_truncated": sum(r.truncated for r in requests),
@@ -206,11 +200,10 @@ def _responses(examples: Sequence[Any], source: str, config: ChoicesConfig, mode
     return TaskResult(summary, panel)
 
 
-def _prediction(task: str, question: Question, logprobs: list[float], form: str) -> Prediction:
+def _prediction(task: str, question: Question, logprobs: list[float], prompt: Prompt) -> Prediction:
     per_byte = None
-    if form == "cloze":
-        lengths = [len(choice.encode("utf-8")) for choice in question.choices]
-        per_byte = tuple(value / length for value, length in zip(logprobs, lengths, strict=True))
+    if prompt.answer_bytes is not None:
+        per_byte = tuple(value / length for value, length in zip(logprobs, prompt.answer_bytes, strict=True))
     return Prediction(task, question.subject, question.id, tuple(logprobs), question.answer, per_byte)
 
 

@@ -1,0 +1,179 @@
+"""What a multiple-choice task is: where its questions are, how a row becomes one, and how it is put into words.
+
+A task is a subclass that says little more than that (see `tasks/`); loading, solved examples and the usual wording are
+here.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from calsmooth.data.readers import Row
+from calsmooth.errors import CalsmoothError, UsageError
+from calsmooth.evaluate.questions import Question
+from calsmooth.evaluate.rows import Hub, file_rows, hub_rows, split_files, task_folder
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What a task loads: the questions to score and, for each subject, the solved examples in the order of use."""
+
+    questions: list[Question]
+    examples: Mapping[str, Sequence[Question]]
+    source: str
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split by its name on the hub; `own_file` is what the data's publishers call its file, if otherwise."""
+
+    name: str
+    own_file: str | None = None
+
+
+class Task:
+    """Base of the multiple-choice tasks.
+
+    name, title: on the command line, and in messages. hub: its data set. scored, solved: the splits of the questions
+    and of the solved examples (None: it has none, and the first rows of the scored split are held back).
+    subject: of all its questions; None where each row says its own.
+    format: what --format overrides: letter (the choices are listed) or cloze (each choice continues the context).
+    shots: what --shots overrides. conversation: whether the cloze format is a chat turn even without --chat-template.
+    """
+
+    name: str
+    title: str
+    hub: Hub
+    scored = Split("validation")
+    solved: Split | None = Split("train")
+    subject: str | None = None
+    format = "letter"
+    shots = 5
+    conversation = False
+
+    # What a subclass says.
+
+    def question(self, row: Row, id: str) -> Question:
+        """The question in a row; `id` is its number, for rows without an identity of their own.
+
+        Raises:
+            CalsmoothError: the row is bad; the message names it and the column.
+        """
+        raise NotImplementedError
+
+    def letter_header(self, subject: str, style: str) -> str:
+        """What stands before the first solved example in the letter format.
+
+        The original MMLU script (`hendrycks`) puts a space before each word of the subject, and its template one more.
+        """
+        about = subject.replace("_", " ")
+        about = f" {about}" if style == "hendrycks" else about
+        return f"The following are multiple choice questions (with answers) about {about}.\n\n"
+
+    def letter_text(self, question: Question, style: str) -> str:
+        """What stands before the list of choices in the letter format."""
+        return question.text if style == "hendrycks" else question.text.strip()
+
+    def cloze_header(self, subject: str) -> str:
+        """What stands before the first solved example in the cloze format."""
+        return ""
+
+    def cloze_context(self, question: Question) -> str:
+        """What stands before every choice in the cloze format."""
+        return f"Question: {question.text}\nAnswer:"
+
+    def cloze_answers(self, question: Question) -> list[tuple[str, str]]:
+        """For each choice: what follows the context as given, and the text that is scored, a space before it."""
+        return [("", choice) for choice in question.choices]
+
+    # What all have in common.
+
+    def load(self, data_dir: Path | None, shots: int) -> TaskData:
+        """The task's questions, from `data_dir` or, without one, from the hub (through its cache).
+
+        Raises:
+            UsageError: `data_dir` doesn't hold this task's files.
+            CalsmoothError: a row is bad (file and row are named), or the hub can't be reached and nothing is cached.
+        """
+        if data_dir is None:
+            source = str(self.hub)
+            rows = hub_rows(self.name, self.hub, self.scored.name, self._otherwise())
+            solved = hub_rows(self.name, self.hub, self.solved.name, self._otherwise()) if self.solved else None
+        else:
+            folder = task_folder(data_dir, self.name)
+            source, found = str(folder), self.local_rows(folder, self.scored)
+            if found is None:
+                split = f"{self.scored.name} split of {self.title}"
+                raise UsageError(f"--data-dir {folder}: no {split} there; expected {self._files()}")
+            rows, solved = found, self.local_rows(folder, self.solved) if self.solved else None
+        questions = self._questions(rows)
+        if shots == 0:
+            return TaskData(questions, {}, source)
+        if solved is not None:
+            # A split with one subject needn't be read to its end.
+            read = self._questions(islice(solved, shots) if self.subject is not None else solved)
+            return TaskData(questions, first_examples(read, questions, shots, source), source)
+        each = "" if self.subject is not None else " of each subject"
+        note = f"{self.name}: the first {shots} {self.scored.name} rows{each} are the solved examples and not scored"
+        missing = f": {source} has no {self.solved.name} split" if self.solved else ""
+        return TaskData(*hold_back(questions, shots, source), source, [note + missing])
+
+    def local_rows(self, folder: Path, split: Split) -> Iterator[Row] | None:
+        """Rows of a split in a folder, in the hub's columns or its publishers'; None where it doesn't have it."""
+        files = split_files(folder, split.name, self.hub.config, split.own_file)
+        return file_rows(files) if files else None
+
+    def _questions(self, rows: Iterable[Row]) -> list[Question]:
+        return [self.question(row, str(number)) for number, row in enumerate(rows)]
+
+    def _files(self) -> str:
+        own = f" or {self.scored.own_file}" if self.scored.own_file else ""
+        names = f"{self.scored.name}.jsonl, .json, .csv or .parquet{own}"
+        return f"{names} with the columns of {self.hub.dataset}, or a copy of that repository"
+
+    def _otherwise(self) -> str:
+        examples = f" (and {self.solved.name} for the solved examples)" if self.solved else ""
+        return f"run once with a network, or give --data-dir DIR with {self._files()}{examples}"
+
+
+def by_subject(questions: Iterable[Question]) -> dict[str, list[Question]]:
+    """Questions by their subject, both in their original order."""
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.subject, []).append(question)
+    return groups
+
+
+def hold_back(questions: list[Question], shots: int, source: str) -> tuple[list[Question], dict[str, list[Question]]]:
+    """(questions to score, solved examples): the first `shots` of each subject are the latter.
+
+    Raises:
+        CalsmoothError: a subject has no questions left.
+    """
+    groups = by_subject(questions)
+    for subject, group in groups.items():
+        if len(group) <= shots:
+            raise CalsmoothError(
+                f"{source}: {len(group)} rows of '{subject}' are too few for {shots} solved examples and a question; "
+                "give fewer --shots"
+            )
+    examples = {subject: group[:shots] for subject, group in groups.items()}
+    held = {id(question) for group in examples.values() for question in group}
+    return [question for question in questions if id(question) not in held], examples
+
+
+def first_examples(
+    solved: Iterable[Question], questions: Iterable[Question], shots: int, source: str
+) -> dict[str, list[Question]]:
+    """The first `shots` solved questions of each subject that is asked about.
+
+    Raises:
+        CalsmoothError: a subject has none.
+    """
+    examples = by_subject(solved)
+    for subject in dict.fromkeys(question.subject for question in questions):
+        if not examples.get(subject):
+            raise CalsmoothError(f"{source}: no solved examples for '{subject}'; give --shots 0")
+    return {subject: group[:shots] for subject, group in examples.items()}
