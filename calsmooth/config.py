@@ -114,21 +114,18 @@ def load_grid(cls: type[T], flags: Mapping[str, Any], file: Path | None) -> list
         UsageError: as `load`, or a list is empty or names a value twice.
     """
     raw = _read_yaml(cls, file) if file is not None else {}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    raw = {name: value for name, value in raw.items() if name not in flags}
     axes = {}
     for name, value in raw.items():
         is_tuple = field_type(cls, name)[1]
-        if isinstance(value, list) and flags.get(name) is None and (not is_tuple or any(map(_is_list, value))):
+        if isinstance(value, list) and (not is_tuple or any(isinstance(one, list) for one in value)):
             axes[name] = [_coerce(cls, name, one, f"{file}: '{name}'") for one in value]
             if not value or len(set(axes[name])) < len(value):
                 raise UsageError(f"{file}: '{name}' is {value}; expected a list of different values")
     fixed = {name: _coerce(cls, name, v, f"{file}: '{name}'") for name, v in raw.items() if name not in axes}
-    fixed.update({name: value for name, value in flags.items() if value is not None})
     combinations = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
-    return [(values, cls(**fixed, **values)) for values in combinations]
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
+    return [(values, cls(**fixed, **flags, **values)) for values in combinations]
 
 
 def flag_name(f: "dataclasses.Field[Any]") -> str:

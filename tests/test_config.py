@@ -1,5 +1,6 @@
 """Settings: one declaration for YAML keys, flags and checks."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calsmooth.config import Settings, load, setting
+from calsmooth.config import Settings, load, load_grid, setting
 from calsmooth.errors import UsageError
 
 
@@ -67,6 +68,43 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
         load(Example, {}, write(tmp_path, text))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_lists_where_one_value_is_expected_make_a_grid(tmp_path: Path) -> None:
+    path = write(tmp_path, "beta: [0, 0.1]\nepochs: [1, 2]\ntask: [demo, mmlu]\nbatch_size: [null, 8]\n")
+    grid = load_grid(Example, {"epochs": 3}, path)
+    assert [values for values, _ in grid] == [
+        {"beta": 0.0, "batch_size": None},
+        {"beta": 0.0, "batch_size": 8},
+        {"beta": 0.1, "batch_size": None},
+        {"beta": 0.1, "batch_size": 8},
+    ]
+    assert all(config.task == ("demo", "mmlu") and config.epochs == 3 for _, config in grid)
+    assert [config.beta for _, config in grid] == [0.0, 0.0, 0.1, 0.1]
+
+
+def test_a_list_is_swept_over_lists(tmp_path: Path) -> None:
+    grid = load_grid(Example, {}, write(tmp_path, "task: [[demo], [demo, mmlu]]\n"))
+    assert [config.task for _, config in grid] == [("demo",), ("demo", "mmlu")]
+
+
+def test_without_lists_a_grid_is_one_configuration(tmp_path: Path) -> None:
+    assert load_grid(Example, {"beta": 0.2}, None) == [({}, Example(beta=0.2))]
+    assert load_grid(Example, {}, write(tmp_path, "beta: 0.3")) == [({}, Example(beta=0.3))]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("beta: []", "'beta' is []; expected a list of different values"),
+        ("beta: [0.1, 0.2, 0.10]", "'beta' is [0.1, 0.2, 0.1]; expected a list of different values"),
+        ("beta: [0.1, high]", "'beta' must be a number, got 'high'"),
+        ("beta: [0.1, 2]", "--beta must be at least 0 and below 1, got 2"),
+    ],
+)
+def test_mistakes_in_a_grid_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load_grid(Example, {}, write(tmp_path, text))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
