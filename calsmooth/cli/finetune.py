@@ -1,7 +1,7 @@
 """`calsmooth finetune`."""
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,40 +17,72 @@ if TYPE_CHECKING:
 
     from calsmooth.finetune.plan import Plan
     from calsmooth.finetune.probe import ProbeResult
+    from calsmooth.finetune.run import FinetuneResult
+    from calsmooth.finetune.sweep import Grid
 
 CALIBRATION = "calibration.png"
 MEASURED = {"demo": "questions", "responses": "responses"}
 
 
-@settings_command(app, FinetuneConfig)
+def _sweep(grid: "Grid", output: Output) -> None:
+    from calsmooth.cli.sweep import sweep
+
+    sweep(grid, output, _run)
+
+
+@settings_command(app, FinetuneConfig, sweep=_sweep)
 def finetune(config: FinetuneConfig, output: Output) -> None:
     """Fine-tune a causal language model on instruction data with label smoothing.
 
     Without --model and --dataset: the built-in ones, evaluated before and after. Writes the model, config.yaml,
-    metrics.jsonl, loss.png, a model card and COMPLETED.
+    metrics.jsonl, loss.png, a model card and COMPLETED. Lists in the --config file (beta: [0, 0.1]) make a sweep: a
+    run for every combination, compared at the end.
     """
     if config.dry_run:
         _show_plan(config, output)
         return
+    outcome = _run(config)
+    from rich.console import Group
+
+    output.show(Group(*outcome.shown), result=outcome.answer)
+    console.say(f"Model: {outcome.result.model}\nPictures: {', '.join(outcome.pictures)}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run, evaluated. evaluation: "before" and "after" -> what was measured -> its metrics."""
+
+    result: "FinetuneResult"
+    evaluation: dict[str, dict[str, Any]]
+    shown: list[Any]
+    pictures: list[str]
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """For --json."""
+        evaluation = {"evaluation": self.evaluation} if self.evaluation else {}
+        return {"folder": str(self.result.folder), **self.result.summary, **evaluation}
+
+
+def _run(config: FinetuneConfig) -> Outcome:
+    """Fine-tune, then evaluate before and after."""
     built_in = config.model == BUILT_IN and config.dataset == (BUILT_IN,)
     model = "the built-in model" if config.model == BUILT_IN else config.model
     dataset = "the built-in data" if config.dataset == (BUILT_IN,) else " + ".join(config.dataset)
     console.say(f"Fine-tuning {model} on {dataset} with label smoothing beta = {config.beta:g}.")
-    from rich.console import Group
-
     from calsmooth.finetune.run import run
 
     result = run(config, _announce)
-    shown: list[Any] = [_summary_line(result.summary)]
-    answer: dict[str, Any] = {"folder": str(result.folder), **result.summary}
-    files = [str(result.folder / "loss.png")]
-    if built_in:
-        evaluations = _evaluate_before_and_after(result.folder, str(result.model))
-        answer["evaluation"] = {name: e["tasks"] for name, e in evaluations.items()}
-        shown.append(_before_after(evaluations))
-        files.append(str(result.folder / CALIBRATION))
-    output.show(Group(*shown), result=answer)
-    console.say(f"Model: {result.model}\nPictures: {', '.join(files)}")
+    outcome = Outcome(result, {}, [_summary_line(result.summary)], [str(result.folder / "loss.png")])
+    if not built_in:
+        return outcome
+    evaluations = _evaluate_before_and_after(result.folder, str(result.model))
+    return replace(
+        outcome,
+        evaluation={name: e["tasks"] for name, e in evaluations.items()},
+        shown=[*outcome.shown, _before_after(evaluations)],
+        pictures=[*outcome.pictures, str(result.folder / CALIBRATION)],
+    )
 
 
 def _announce(plan: "Plan", probe: "ProbeResult") -> None:

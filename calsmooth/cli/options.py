@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from calsmooth import console
-from calsmooth.config import Settings, field_type, load
+from calsmooth.config import Settings, field_type, load, load_grid
 
 C = TypeVar("C", bound=Settings)
 
@@ -31,11 +31,15 @@ class Output:
 
 
 def settings_command(
-    app: typer.Typer, config_class: type[C], name: str | None = None
+    app: typer.Typer,
+    config_class: type[C],
+    name: str | None = None,
+    sweep: Callable[[list[tuple[dict[str, Any], C]], Output], None] | None = None,
 ) -> Callable[[Callable[[C, Output], None]], Callable[[C, Output], None]]:
     """Register `function(config, output)` as a command whose flags are `config_class`'s fields.
 
-    Adds --config (YAML; flags win), --json, --quiet and --debug, which every command has.
+    Adds --config (YAML; flags win), --json, --quiet and --debug, which every command has. Where the YAML file holds a
+    list where one value is expected, `sweep` is called instead, with every combination (`calsmooth.config.load_grid`).
     """
 
     def register(function: Callable[[C, Output], None]) -> Callable[[C, Output], None]:
@@ -45,7 +49,11 @@ def settings_command(
             file = given.pop("config")
             console.configure(json=json, quiet=quiet)
             flags = {key: _from_flag(config_class, key, value) for key, value in given.items()}
-            function(load(config_class, flags, file), Output(json=json))
+            grid = load_grid(config_class, flags, file) if sweep else [({}, load(config_class, flags, file))]
+            if sweep is not None and grid[0][0]:
+                sweep(grid, Output(json=json))
+            else:
+                function(grid[0][1], Output(json=json))
 
         parameters = [_parameter(config_class, f) for f in fields(config_class)] + _common_parameters()
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
