@@ -1,54 +1,49 @@
 """`calsmooth entropy-bound`."""
 
-from typing import TYPE_CHECKING
-
 from calsmooth import console
 from calsmooth.cli.app import app
 from calsmooth.cli.options import Output, settings_command
 from calsmooth.entropy_bound.config import DEFAULT_RHO, EntropyBoundConfig
-from calsmooth.entropy_bound.families import family_of
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from calsmooth.entropy_bound.run import Point
 
 
 @settings_command(app, EntropyBoundConfig)
 def entropy_bound(config: EntropyBoundConfig, output: Output) -> None:
-    """How confident a language-model head can be: the least entropy that its size allows (Theorem 4.2, Figure 4)."""
+    """How confident a head can be: the least entropy that its size allows (Theorem 4.2), and what smoothing can do.
+
+    Without --model: over vocabulary and hidden sizes (Figure 4). With --model: a real head's singular value, its hidden
+    states, the floor, and the entropies that it really reaches on a text; several models stand side by side.
+    """
+    if config.model:
+        _models(config, output)
+    else:
+        _sizes(config.resolve(), output)
+
+
+def _sizes(config: EntropyBoundConfig, output: Output) -> None:
     from dataclasses import asdict
 
+    from calsmooth.entropy_bound.report import points_table, smoothing_table
     from calsmooth.entropy_bound.run import run
 
     points, files = run(config)
     if config.rho == DEFAULT_RHO:
         console.say(f"rho = {config.rho:g}, an illustration: the paper gives none for its figure (--rho sets it).")
-    output.show(_table(points), result=[asdict(point) for point in points])
+    output.show(points_table(points), "", smoothing_table(points), result=[asdict(point) for point in points])
     console.say("Wrote " + ", ".join(map(str, files)))
 
 
-def _table(points: "list[Point]") -> "Table":
-    from rich.table import Table
+def _models(config: EntropyBoundConfig, output: Output) -> None:
+    from rich.text import Text
 
-    table = Table(
-        title=f"Least attainable entropy of a head (Theorem 4.2), rho = {points[0].rho:g}",
-        caption="floor: least entropy, nats; gap: (log |V| - floor) / log |V|; max p: largest probability of a token",
-    )
-    for name in ("|V|", "D", "rho √D", "floor", "log |V|", "gap", "max p"):
-        table.add_column(name, justify="right")
-    table.add_column("family")
-    for i, point in enumerate(points):
-        last = i + 1 == len(points) or points[i + 1].vocab != point.vocab
-        table.add_row(
-            f"{point.vocab:,}",
-            str(point.hidden),
-            f"{point.radius:.2f}",
-            f"{point.entropy_lower_bound:.4g}",
-            f"{point.entropy_upper_bound:.2f}",
-            f"{point.normalized_gap:.4g}",
-            f"{point.max_probability:.4g}",
-            family_of(point.vocab),
-            end_section=last,
-        )
-    return table
+    from calsmooth.entropy_bound.advice import ASSUMPTIONS
+    from calsmooth.entropy_bound.report import models_table
+    from calsmooth.entropy_bound.run_models import run
+
+    measured, files = run(config)
+    output.show(models_table(measured), result=[one.report for one in measured])
+    console.say()
+    for one in measured:
+        for advice in one.report["smoothing"]:
+            console.say(Text(f"{one.label}, beta = {advice['beta']:g}: {advice['verdict']}"))
+    console.say(Text(ASSUMPTIONS, style="dim"))
+    console.say("Wrote " + ", ".join(map(str, files)))

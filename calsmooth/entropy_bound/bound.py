@@ -54,7 +54,7 @@ def entropy_bound(vocab: ArrayLike, hidden: ArrayLike, rho: ArrayLike) -> Array:
     Raises:
         UsageError: an argument is outside its range.
     """
-    V, x = _logit_gap(vocab, hidden, rho)
+    V, x = logit_gap(vocab, hidden, rho)
     t = np.log(V - 1) - x
     # Below, e^t is the odds of anything but the top token; above, they are turned over so that neither overflows.
     odds = np.exp(-np.abs(t))
@@ -63,13 +63,22 @@ def entropy_bound(vocab: ArrayLike, hidden: ArrayLike, rho: ArrayLike) -> Array:
     return np.where(t < 0, peaked, flat)
 
 
+def log_entropy_bound(vocab: ArrayLike, hidden: ArrayLike, rho: ArrayLike) -> Array:
+    """The natural logarithm of `entropy_bound`, also where that underflows: real heads have floors such as 1e-9000."""
+    V, x = logit_gap(vocab, hidden, rho)
+    t = np.log(V - 1) - x
+    far = t < -600  # there the bound is e^t (1 + x) to float64
+    near = np.where(far, 1.0, entropy_bound(vocab, hidden, rho))
+    return np.where(far, t + np.log1p(x), np.log(near))
+
+
 def entropy_bound_asymptote(vocab: ArrayLike, hidden: ArrayLike, rho: ArrayLike) -> Array:
     """What the bound tends to once rho sqrt(D) is well above log V: (V - 1) (1 + x) e^-x, in nats.
 
     The paper's Omega(V e^(-rho sqrt(D))) with its constant: linear in the vocabulary, exponential in sqrt(D). Not a
     bound below log V, where it exceeds the true value by any factor.
     """
-    V, x = _logit_gap(vocab, hidden, rho)
+    V, x = logit_gap(vocab, hidden, rho)
     return (1 + x) * np.exp(np.log(V - 1) - x)
 
 
@@ -79,7 +88,7 @@ def normalized_entropy_gap(vocab: ArrayLike, hidden: ArrayLike, rho: ArrayLike) 
     Computed as the divergence of the least-entropy prediction from the uniform one, so that it keeps its relative
     accuracy where it is tiny and a difference of two entropies would be rounding noise.
     """
-    V, x = _logit_gap(vocab, hidden, rho)
+    V, x = logit_gap(vocab, hidden, rho)
     top = _top_probability(V, x)
     # Probabilities relative to 1/V, minus 1: of the top token, and of each of the others.
     above = -np.expm1(-x) * top * (V - 1)
@@ -90,12 +99,12 @@ def normalized_entropy_gap(vocab: ArrayLike, hidden: ArrayLike, rho: ArrayLike) 
 
 def max_probability(vocab: ArrayLike, hidden: ArrayLike, rho: ArrayLike) -> Array:
     """The largest attainable probability of a single token: that of the least-entropy logits (equation 36)."""
-    return _top_probability(*_logit_gap(vocab, hidden, rho))
+    return _top_probability(*logit_gap(vocab, hidden, rho))
 
 
 def least_entropy_logits(vocab: int, hidden: int, rho: float) -> Array:
     """(V,) the logits of equation 36: one token's above all others', norm rho sqrt(D), sum 0."""
-    V, _ = _logit_gap(vocab, hidden, rho)
+    V, _ = logit_gap(vocab, hidden, rho)
     radius = rho * np.sqrt(float(hidden))
     logits = np.full(int(V), -radius * np.sqrt(1 / (V * (V - 1))))
     logits[0] = radius * np.sqrt(1 - 1 / V)
@@ -110,9 +119,9 @@ def rho_for_probability(vocab: ArrayLike, hidden: ArrayLike, probability: ArrayL
     Raises:
         UsageError: the probability is not from 1/V up to, and without, 1.
     """
-    V, D = _sizes(vocab, hidden)
+    V, D = checked_sizes(vocab, hidden)
     p = np.asarray(probability, float)
-    _require(np.all((p >= 1 / V) & (p < 1)), "probability must be at least 1/vocab and below 1", probability)
+    require(np.all((p >= 1 / V) & (p < 1)), "probability must be at least 1/vocab and below 1", probability)
     gap = np.log(V - 1) + np.log(p) - np.log1p(-p)
     return np.maximum(gap, 0.0) * np.sqrt((V - 1) / V / D)
 
@@ -123,9 +132,9 @@ def rho_for_entropy(vocab: ArrayLike, hidden: ArrayLike, entropy: ArrayLike) -> 
     Raises:
         UsageError: the entropy is not above 0 and at most log V.
     """
-    V, D = _sizes(vocab, hidden)
+    V, D = checked_sizes(vocab, hidden)
     target = np.asarray(entropy, float)
-    _require(np.all((target > 0) & (target <= np.log(V))), "entropy must be above 0 and at most log(vocab)", entropy)
+    require(np.all((target > 0) & (target <= np.log(V))), "entropy must be above 0 and at most log(vocab)", entropy)
     V, D, target = np.broadcast_arrays(V, D, target)
     # The bound falls with x. At the upper end it has underflowed to 0; halving ends at neighbouring floats.
     low, high = np.zeros(V.shape), np.log(V) + 760.0
@@ -136,22 +145,22 @@ def rho_for_entropy(vocab: ArrayLike, hidden: ArrayLike, entropy: ArrayLike) -> 
     return high * np.sqrt((V - 1) / V / D)
 
 
-def _logit_gap(vocab: ArrayLike, hidden: ArrayLike, rho: ArrayLike) -> tuple[Array, Array]:
+def logit_gap(vocab: ArrayLike, hidden: ArrayLike, rho: ArrayLike) -> tuple[Array, Array]:
     """V, and x: how far the top logit of equation 36 stands above the others."""
-    V, D = _sizes(vocab, hidden)
+    V, D = checked_sizes(vocab, hidden)
     r = np.asarray(rho, float)
-    _require(np.all(np.isfinite(r) & (r >= 0)), "rho must be finite and at least 0", rho)
+    require(np.all(np.isfinite(r) & (r >= 0)), "rho must be finite and at least 0", rho)
     return V, r * np.sqrt(D * (V / (V - 1)))
 
 
-def _sizes(vocab: ArrayLike, hidden: ArrayLike) -> tuple[Array, Array]:
+def checked_sizes(vocab: ArrayLike, hidden: ArrayLike) -> tuple[Array, Array]:
     V, D = np.asarray(vocab, float), np.asarray(hidden, float)
-    _require(np.all(np.isfinite(V) & (V >= 2)), "vocab must be at least 2", vocab)
-    _require(np.all(np.isfinite(D) & (D >= 1)), "hidden must be at least 1", hidden)
+    require(np.all(np.isfinite(V) & (V >= 2)), "vocab must be at least 2", vocab)
+    require(np.all(np.isfinite(D) & (D >= 1)), "hidden must be at least 1", hidden)
     return V, D
 
 
-def _require(condition: Any, message: str, value: Any) -> None:
+def require(condition: Any, message: str, value: Any) -> None:
     if not condition:
         raise UsageError(f"{message}, got {value}")
 

@@ -1,6 +1,9 @@
-"""Figure 4: how much of the range of entropies a head can use, against the vocabulary, for several hidden sizes.
+"""Pictures of the theorem over sizes.
 
-Beside it the same quantity over vocabulary and hidden size together, with public models drawn in.
+Figure 4: how much of the range of entropies a head can use, against the vocabulary, for several hidden sizes, and
+beside it the same quantity over vocabulary and hidden size together, with public models drawn in.
+
+The frontier: the floor beside what label smoothing asks for, and the least beta that the head can follow.
 """
 
 from dataclasses import dataclass
@@ -8,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calsmooth.entropy_bound.bound import Array, normalized_entropy_gap, rho_for_probability
+from calsmooth.entropy_bound.bound import Array, entropy_bound, normalized_entropy_gap, rho_for_probability
 from calsmooth.entropy_bound.families import FAMILIES, family_of
+from calsmooth.entropy_bound.frontier import hidden_for_smoothing, smoothing_entropy, smoothing_frontier
 from calsmooth.plots import new_figure
 
 if TYPE_CHECKING:
@@ -142,3 +146,90 @@ def _plot_map(ax: "Axes", curves: GapCurves) -> None:
     ax.set_xlabel("vocabulary size |V|")
     ax.set_ylabel("hidden size D")
     ax.set_title(rf"public models, if their $\rho$ were {curves.rho:g}", fontsize=10)
+
+
+@dataclass(frozen=True)
+class FrontierCurves:
+    """Floors and frontiers along a grid of hidden sizes, and what each beta asks for."""
+
+    rho: float
+    vocab: tuple[int, ...]
+    beta: tuple[float, ...]
+    hidden: tuple[int, ...]  # the sizes asked for, marked on the frontier
+    grid: Array  # (G,) hidden sizes
+    floors: Array  # (len(vocab), G), nats
+    frontiers: Array  # (len(vocab), G), the least beta in reach
+    marks: Array  # (len(vocab), len(hidden))
+    wanted: Array  # (len(vocab), len(beta)), H* in nats
+    meeting: Array  # (len(vocab), len(beta)), the hidden size at which floor and H* meet; inf for rho = 0
+
+
+def prepare_frontier(
+    vocab: tuple[int, ...], hidden: tuple[int, ...], rho: float, beta: tuple[float, ...]
+) -> FrontierCurves:
+    """The numbers of the frontier's picture, over hidden sizes that show the given ones and where the curves meet."""
+    column = np.array(vocab, float)[:, None]
+    meeting = hidden_for_smoothing(column, rho, np.array(beta))
+    shown = [*hidden, *(size for size in meeting.ravel() if 64 <= size <= 65_536)]
+    grid = np.geomspace(max(1.0, min(shown) / 2), 2 * max(shown), 400)
+    return FrontierCurves(
+        rho=rho,
+        vocab=vocab,
+        beta=beta,
+        hidden=hidden,
+        grid=grid,
+        floors=entropy_bound(column, grid, rho),
+        frontiers=smoothing_frontier(column, grid, rho),
+        marks=smoothing_frontier(column, np.array(hidden, float), rho),
+        wanted=smoothing_entropy(column, np.array(beta)),
+        meeting=meeting,
+    )
+
+
+def plot_frontier(curves: FrontierCurves) -> "Figure":
+    """Floor and H* against the hidden size on the left, the frontier beta(D, V) on the right."""
+    from matplotlib import colormaps
+
+    figure, (left, right) = new_figure(width=13, height=5.2, columns=2)
+    figure.suptitle(
+        rf"What smoothing asks for, and what the head can give, $\rho = \sigma_C\,\sigma_h = {curves.rho:g}$",
+        fontsize=13,
+    )
+    colors = colormaps["viridis"](np.linspace(0.0, 0.8, len(curves.vocab)))
+    styles = ["--", ":", "-.", (0, (5, 1)), (0, (1, 1))]
+    for v, (vocab, color) in enumerate(zip(curves.vocab, colors, strict=True)):
+        left.plot(curves.grid, curves.floors[v], color=color, label=f"floor, |V| = {vocab:,}")
+        for b in range(len(curves.beta)):
+            left.axhline(curves.wanted[v, b], color=color, linestyle=styles[b % len(styles)], linewidth=1)
+            if curves.grid[0] <= curves.meeting[v, b] <= curves.grid[-1]:
+                left.plot(curves.meeting[v, b], curves.wanted[v, b], "o", color=color, markersize=5)
+        right.plot(curves.grid, curves.frontiers[v], color=color, label=f"|V| = {vocab:,}")
+        right.plot(curves.hidden, curves.marks[v], "o", color=color, markersize=4)
+    for b, beta in enumerate(curves.beta):
+        left.plot([], [], color="0.4", linestyle=styles[b % len(styles)], label=rf"$H^*$, $\beta$ = {beta:g}")
+        right.axhline(beta, color="0.4", linestyle=styles[b % len(styles)], linewidth=1)
+        right.annotate(
+            rf"$\beta$ = {beta:g}",
+            (1.0, beta),
+            xycoords=("axes fraction", "data"),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color="0.4",
+        )
+    left.set(xscale="log", xlabel="hidden size D", ylabel="entropy, nats", ylim=(0, None))
+    left.set_title("right of a dot smoothing has over-confidence to restrain; left of it it acts as none", fontsize=10)
+    least = min(curves.beta)
+    right.set(
+        xscale="log", yscale="log", xlabel="hidden size D", ylabel=r"least $\beta$ that acts", ylim=(least / 1000, 1.5)
+    )
+    right.set_title(r"the frontier $\beta(D, V) = V\,/\,(V - 1 + e^{x})$; a smaller $\beta$ acts as none", fontsize=10)
+    for ax in (left, right):
+        ax.set_xlim(curves.grid[0], curves.grid[-1])
+        ticks = [size for size in 2.0 ** np.arange(0, 31) if curves.grid[0] <= size <= curves.grid[-1]]
+        ticks = ticks[:: 1 + len(ticks) // 10]
+        ax.set_xticks(ticks, [f"{size:.0f}" for size in ticks])
+        ax.minorticks_off()
+        ax.legend(fontsize=8, frameon=False)
+    return figure

@@ -1,0 +1,200 @@
+"""One picture of the heads that were measured: entropies and floors, norms, the spectrum of features, calibration."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calsmooth.entropy_bound.advice import Calibration
+from calsmooth.entropy_bound.bound import Array, log_entropy_bound
+from calsmooth.entropy_bound.frontier import smoothing_confidence, smoothing_entropy, smoothing_logit_gap
+from calsmooth.entropy_bound.measure import Measurement
+from calsmooth.metrics import Bins, reliability_bins
+from calsmooth.plots import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RESOLUTION = 1e-7
+"""Nats; below it an entropy that was summed in float32 is noise."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The numbers of one model's curves. Floors come as base-10 logarithms, because real ones underflow."""
+
+    label: str
+    entropies: Array  # (N,) rising, nats
+    token_floors: Array  # (N,) rising, log10 nats
+    floor: float  # log10 nats, Theorem 4.2
+    attained: float  # nats, by a hidden state that was made for it
+    log_vocab: float
+    norms: dict[str, float]  # lengths of logits: what the head could give
+    needed: dict[float, float]  # beta -> the length that smoothing's optimum needs
+    smoothing: dict[float, float]  # beta -> H*
+    confidence: dict[float, float]  # beta -> 1 - beta + beta / V
+    spectrum: Array  # (d,) falling
+    effective_rank: float
+    bins: Bins
+    ece: float
+
+
+def prepare_panel(label: str, m: Measurement, c: Calibration, betas: Sequence[float], bins: int) -> Panel:
+    """The curves of one model."""
+    reach, tokens = m.reach, m.tokens
+    longest = float(tokens.largest.max() * np.sqrt(reach.hidden))
+    median, largest = float(np.median(tokens.norm)), float(tokens.norm.max())
+    token_radius = np.minimum(reach.radius(tokens.norm), reach.radius(tokens.norm, centred=True))
+    short = np.sqrt((reach.vocab - 1) / reach.vocab)
+    return Panel(
+        label=label,
+        entropies=np.sort(tokens.entropy),
+        token_floors=np.sort(log_entropy_bound(reach.vocab, 1, token_radius) / np.log(10)),
+        floor=float(log_entropy_bound(reach.vocab, 1, reach.radius(longest)) / np.log(10)),
+        attained=float(m.peaks.entropy.min()),
+        log_vocab=float(np.log(reach.vocab)),
+        norms={
+            r"Lemma 4.1, $\sigma_C\sigma_h\sqrt{D}$": float(reach.radius(longest)),
+            r"longest $\|h\|$": float(reach.radius(largest)),
+            r"median $\|h\|$": float(reach.radius(median)),
+            r"median $\|h\|$, head centred": float(reach.radius(median, centred=True)),
+        },
+        needed={beta: float(smoothing_logit_gap(reach.vocab, beta) * short) for beta in betas},
+        smoothing={beta: float(smoothing_entropy(reach.vocab, beta)) for beta in betas},
+        confidence={beta: float(smoothing_confidence(reach.vocab, beta)) for beta in betas},
+        spectrum=m.diversity.eigenvalues,
+        effective_rank=m.diversity.effective_rank,
+        bins=reliability_bins(tokens.confidence, tokens.correct, bins),
+        ece=c.ece,
+    )
+
+
+def plot_models(models: Sequence[tuple[str, Measurement, Calibration]], betas: Sequence[float], bins: int) -> "Figure":
+    """All panels for all models, a colour each."""
+    from matplotlib import colormaps
+
+    panels = [prepare_panel(*one, betas, bins) for one in models]
+    colors = [colormaps["tab10"](i % 10) for i in range(len(panels))]
+    figure, (entropies, norms, spectrum, reliability) = new_figure(width=13, height=9.5, rows=2, columns=2)
+    figure.suptitle("How confident these heads can be, and how confident they are on the text", fontsize=13)
+    _plot_entropies(entropies, panels, colors)
+    _plot_norms(norms, panels, colors)
+    _plot_spectrum(spectrum, panels, colors)
+    _plot_reliability(reliability, panels, colors)
+    return figure
+
+
+def _plot_entropies(ax: "Axes", panels: list[Panel], colors: list) -> None:
+    seen = [max(float(p.entropies[0]), RESOLUTION) for p in panels] + [max(p.attained, RESOLUTION) for p in panels]
+    left = min(*seen, *(h for p in panels for h in p.smoothing.values())) / 10
+    for i, (p, color) in enumerate(zip(panels, colors, strict=True)):
+        share = (np.arange(len(p.entropies)) + 1) / len(p.entropies)
+        ax.step(np.maximum(p.entropies, left), share, color=color, where="post", label=f"{p.label}: on the text")
+        if p.token_floors[-1] > np.log10(left):
+            floors = np.maximum(10.0**p.token_floors, left)
+            ax.step(floors, share, color=color, where="post", linestyle="--", label=f"{p.label}: each token's floor")
+        ax.plot(max(p.attained, left), 0.0, "^", color=color, markersize=8, clip_on=False)
+        ax.axvline(p.log_vocab, color=color, linewidth=0.8, linestyle=":")
+        if p.floor > np.log10(left):
+            ax.axvline(10.0**p.floor, color=color, linewidth=1.4, linestyle="-.")
+            continue
+        ax.annotate(
+            f"floor (Theorem 4.2): $10^{{{p.floor:,.0f}}}$".replace(",", "{,}"),
+            (0.0, 0.55 - 0.07 * i),
+            xytext=(12, 0),
+            textcoords="offset points",
+            xycoords="axes fraction",
+            color=color,
+            va="center",
+            fontsize=9,
+            arrowprops={"arrowstyle": "->", "color": color},
+        )
+    for beta, entropy in panels[0].smoothing.items():
+        ax.axvline(entropy, color="0.4", linewidth=0.9)
+        ax.annotate(
+            rf"$H^*$, $\beta$ = {beta:g}",
+            (entropy, 0.99),
+            xytext=(-3, 0),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="top",
+            fontsize=8,
+            color="0.4",
+        )
+    ax.plot([], [], "^", color="0.3", label="attained by a hidden state made for it")
+    ax.plot([], [], linestyle=":", color="0.3", label=r"$\log |V|$")
+    ax.set(xscale="log", xlim=(left, None), ylim=(0, 1.02), xlabel="entropy, nats", ylabel="share of predictions below")
+    ax.legend(fontsize=8, frameon=False, loc="upper left")
+    ax.set_title("entropies reached, and the floor", fontsize=10)
+
+
+def _plot_norms(ax: "Axes", panels: list[Panel], colors: list) -> None:
+    names = list(panels[0].norms)
+    apart = 0.5 / max(len(panels), 2)
+    for i, (p, color) in enumerate(zip(panels, colors, strict=True)):
+        height = np.arange(len(names)) + apart * (i - (len(panels) - 1) / 2)
+        norms = [p.norms[name] for name in names]
+        ax.hlines(height, min(p.needed.values()), norms, color=color, linewidth=1, alpha=0.5)
+        ax.plot(norms, height, "o", color=color, label=p.label)
+    for beta, needed in panels[0].needed.items():
+        ax.axvline(needed, color="0.4", linewidth=0.9)
+        ax.annotate(
+            rf"needed for $\beta$ = {beta:g}",
+            (needed, 0.5),
+            xycoords=("data", "axes fraction"),
+            xytext=(-3, 0),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="center",
+            fontsize=8,
+            color="0.4",
+        )
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xscale="log", ylim=(-0.5, len(names) - 0.5), xlabel="longest logits, Euclidean norm")
+    low, high = ax.get_xlim()
+    ax.set_xlim(min(low, 0.5 * min(panels[0].needed.values())), high)
+    ax.legend(fontsize=8, frameon=False)
+    ax.set_title("how long the logits may be, and how long smoothing needs them", fontsize=10)
+
+
+def _plot_spectrum(ax: "Axes", panels: list[Panel], colors: list) -> None:
+    for p, color in zip(panels, colors, strict=True):
+        seen = p.spectrum[p.spectrum > 1e-12 * p.spectrum[0]]
+        label = f"{p.label}: effective rank {p.effective_rank:.0f} of {len(p.spectrum)}"
+        ax.plot(np.arange(1, len(seen) + 1), seen, color=color, label=label)
+        ax.axvline(p.effective_rank, color=color, linestyle=":", linewidth=1)
+    ax.set(xscale="log", yscale="log", xlabel="rank", ylabel="singular value")
+    ax.legend(fontsize=8, frameon=False, loc="lower left")
+    ax.set_title("feature diversity: correlation matrix of the hidden states (Lemma 3.1)", fontsize=10)
+
+
+def _plot_reliability(ax: "Axes", panels: list[Panel], colors: list) -> None:
+    for p, color in zip(panels, colors, strict=True):
+        filled = p.bins.count > 0
+        size = 12 + 400 * p.bins.weights()[filled]
+        ax.plot(p.bins.confidence[filled], p.bins.accuracy[filled], color=color, linewidth=1)
+        ax.scatter(
+            p.bins.confidence[filled], p.bins.accuracy[filled], s=size, color=color, alpha=0.6,
+            label=f"{p.label}: ECE {p.ece:.3f}",
+        )  # fmt: skip
+    ax.plot([0, 1], [0, 1], color="0.25", linewidth=1.2, linestyle="--")
+    for beta, confidence in panels[0].confidence.items():
+        ax.axvline(confidence, color="0.4", linewidth=0.9)
+        ax.annotate(
+            rf"smoothing's target, $\beta$ = {beta:g}",
+            (confidence, 0.02),
+            xytext=(-3, 0),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color="0.4",
+        )
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence in the next token", ylabel="accuracy")
+    ax.legend(fontsize=8, frameon=False, loc="upper left", markerscale=0.6)
+    ax.set_title("next-token calibration on the text (below the diagonal: over-confident)", fontsize=10)
