@@ -107,14 +107,14 @@ def run_folder(output: Path | None, default_name: str) -> Path:
     return output
 
 
-def check_run_folder(output: Path) -> None:
+def check_run_folder(output: Path, flag: str = "--output") -> None:
     """For commands that work for long before they write: is the folder that the user named empty or new?
 
     Raises:
         UsageError: it holds files already, or is a file.
     """
     if _occupied(output):
-        raise UsageError(f"--output {output}: holds files already; give an empty or new folder")
+        raise UsageError(f"{flag} {output}: holds files already; give an empty or new folder")
 
 
 def _numbered(path: Path) -> Iterator[Path]:

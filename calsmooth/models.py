@@ -1,6 +1,8 @@
 """Models and tokenizers: the built-in one, a local folder, or the Hugging Face hub; each failure in one line."""
 
+import hashlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,7 @@ from calsmooth.hub import prepare_hub
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 BUILT_IN = "demo"
 """The name of the model that comes with the package (calsmooth.demo)."""
@@ -42,6 +44,25 @@ def model_label(name: str) -> str:
     return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name.rsplit("/", 1)[-1]
 
 
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """The folder with a model's files; those of a hub id are fetched first, where the cache doesn't hold them.
+
+    Raises:
+        UsageError, CalsmoothError: they can't be found or fetched.
+    """
+    source = resolve_model(name)
+    if Path(source).is_dir():
+        return Path(source)
+    prepare_hub()
+    from huggingface_hub import snapshot_download
+
+    other_formats = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "onnx/*"]
+    try:
+        return Path(snapshot_download(source, revision=revision, ignore_patterns=other_formats))
+    except (OSError, ValueError) as error:
+        raise CalsmoothError(f"--model {name}: its files can't be fetched from the hub ({_brief(error)})") from error
+
+
 def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model; its padding token is set (to the end-of-sequence token where it has none).
 
@@ -55,6 +76,18 @@ def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_config(name: str, revision: str | None = None) -> "PreTrainedConfig":
+    """A model's configuration, to be changed before `load_model(..., config=...)`.
+
+    Raises:
+        UsageError, CalsmoothError: it can't be found, fetched or read.
+    """
+    source = resolve_model(name)
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, "configuration", name, source, revision)
 
 
 def load_model(
@@ -77,6 +110,31 @@ def load_model(
     source = resolve_model(name)
     model = _load(AutoModelForCausalLM, "model", name, source, revision, dtype=dtype, **extra)
     return model.to(device).eval()
+
+
+def model_fingerprint(name: str, model: "PreTrainedModel") -> str:
+    """What a loaded model is, whatever it is called: its commit on the hub, or the SHA-256 of its folder's files.
+
+    The files that loading reads: weights, configuration, tokenizer, chat template, code.
+    """
+    source = Path(resolve_model(name))
+    if not source.is_dir():
+        return f"{name} at {model.config._commit_hash}"
+    files = sorted(p for p in source.iterdir() if p.is_file() and p.suffix in _MODEL_SUFFIXES)
+    with ThreadPoolExecutor(4) as pool:
+        digests = list(pool.map(_sha256, files))
+    whole = hashlib.sha256()
+    for path, digest in zip(files, digests, strict=True):
+        whole.update(f"{path.name} {digest}\n".encode())
+    return f"sha256 {whole.hexdigest()}"
+
+
+_MODEL_SUFFIXES = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py"}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pick_device(name: str | None = None) -> "torch.device":

@@ -1,26 +1,32 @@
-"""calibrate: predictions -> two disjoint parts -> temperature from one, before and after on the other."""
+"""calibrate: predictions -> disjoint parts -> a fit on one, before and after on the other -> calibration.json, picture.
 
-import math
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+Cloze predictions are calibrated twice, by the sum of their tokens' log-probabilities and by that per byte: two ways to
+read a confidence off the same texts, of which the first is too sure of long endings and the second not sure enough.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from calsmooth import metrics
-from calsmooth.calibrate.config import CalibrateConfig
+from calsmooth.calibrate.binning import fit_histogram, fit_isotonic
+from calsmooth.calibrate.config import FIT_FRACTION, CalibrateConfig
+from calsmooth.calibrate.fit import Fit
+from calsmooth.calibrate.sources import load_predictions
+from calsmooth.calibrate.split import Part, folds, split
 from calsmooth.calibrate.temperature import fit_temperature
+from calsmooth.calibrate.vector import fit_vector
 from calsmooth.environment import versions
-from calsmooth.errors import CalsmoothError, UsageError
+from calsmooth.errors import UsageError
 from calsmooth.files import run_folder, write_json
-from calsmooth.plots import plot_reliability, prepare_reliability, save_figure
-from calsmooth.records import Prediction, read_predictions
+from calsmooth.metrics import Array
+from calsmooth.plots import Reliability, plot_reliability, prepare_reliability, save_figure
 
-SMALLEST_PART = 10
-"""Questions below which neither a fit nor a report means anything."""
 RESAMPLES = 1000
+SUM, PER_BYTE = "sum", "per_byte"
 
 
 @dataclass(frozen=True)
@@ -32,89 +38,149 @@ class CalibrateResult:
 
 
 def run(config: CalibrateConfig, folder: Path | None = None) -> CalibrateResult:
-    """Fit a temperature and write the run folder (`folder` where it is given, which exists). Prints nothing.
+    """Fit, report and write the run folder (`folder` where it is given, which exists). Prints nothing.
 
     Raises:
-        UsageError: no predictions file was named, or it doesn't exist.
-        CalsmoothError: the file is bad, names a question twice, or holds too few.
+        UsageError: no predictions were named, or they don't exist; a temperature of cloze texts is to be baked.
+        CalsmoothError: a file is bad, names a question twice, or holds too few; a method's package is missing.
     """
     if config.predictions is None:
         raise UsageError("PREDICTIONS: name the predictions.jsonl of an evaluation")
-    if not config.predictions.is_file():
-        raise UsageError(f"{config.predictions}: no such file; give the predictions.jsonl of an evaluation")
-    predictions = read_predictions(config.predictions)
-    fit_part, report_part = split(predictions, config.fit_fraction, config.seed, str(config.predictions))
-    folder = folder or run_folder(config.output, f"calibrate-{config.predictions.resolve().parent.name}")
-
-    logits = metrics.log_softmax(metrics.pad_choices([p.logprobs for p in fit_part]))
-    fit = fit_temperature(logits, [p.gold for p in fit_part])
-
-    def summary(part: Sequence[Prediction], temperature: float, resamples: int = 0) -> dict[str, Any]:
-        logprobs, gold = [p.logprobs for p in part], [p.gold for p in part]
-        return metrics.summarize(
-            logprobs, gold, bins=config.bins, temperature=temperature, resamples=resamples, seed=config.seed
+    predictions = load_predictions(config.predictions)
+    if config.bake is not None and any(p.logprobs_per_byte for p in predictions):
+        raise UsageError(
+            "--bake: these are cloze predictions, whose temperature divides whole texts' log-probabilities, which no "
+            "change of the model's weights does; evaluate with --format letter, or leave --bake out"
         )
+    source = str(config.predictions)
+    if config.folds is not None:
+        parts = folds(predictions, config.folds, config.seed, source)
+    else:
+        parts = [split(predictions, config.fit_fraction or FIT_FRACTION, config.seed, source)]
 
-    results: dict[str, Any] = {
-        "temperature": fit.temperature,
-        "n_fit": len(fit_part),
-        "n_report": len(report_part),
-        "before": summary(report_part, 1.0, RESAMPLES),
-        "after": summary(report_part, fit.temperature, RESAMPLES),
-        "fit": {"nll_before": summary(fit_part, 1.0)["nll"], "nll_after": fit.nll},
-        "notes": [fit.note] if fit.note else [],
-    }
-    tasks = {name: [p for p in report_part if p.task == name] for name in dict.fromkeys(p.task for p in report_part)}
+    whole, panels = _recalibrate(parts, config)
+    results: dict[str, Any] = {"method": config.method, **whole}
+    per_byte = [(_per_byte(fit_part), _per_byte(report_part)) for fit_part, report_part in parts]
+    if all(min(map(len, pair)) > 0 for pair in per_byte):
+        results[PER_BYTE], more = _recalibrate(per_byte, config, mass=False)
+        results["notes"] += [f"per byte: {note}" for note in results[PER_BYTE].pop("notes")]
+        panels = [replace(p, title=f"summed, {p.title}") for p in panels]
+        panels += [replace(p, title=f"per byte, {p.title}") for p in more]
+        if config.method == "vector":
+            results["notes"].append("vector learns from a choice's place, which means nothing in cloze questions")
+    tasks = list(dict.fromkeys(p.task for p in predictions))
     if len(tasks) > 1:
-        results["tasks"] = {
-            name: {"before": summary(part, 1.0), "after": summary(part, fit.temperature)}
-            for name, part in tasks.items()
-        }
-        results["notes"].append(f"one temperature for all of {', '.join(tasks)}")
+        shown = ", ".join(tasks) if len(tasks) <= 5 else f"{len(tasks)} tasks"
+        results["notes"].append(f"one {_noun(config.method)} for all of {shown}")
     results |= {"config": config.to_dict(), "versions": versions()}
-    write_json(folder / "calibration.json", results)
 
-    gold = [p.gold for p in report_part]
-    panels = []
-    for title, temperature in (("before", 1.0), (f"after, T = {fit.temperature:.3g}", fit.temperature)):
-        scaled = metrics.pad_choices([p.logprobs for p in report_part]) / temperature
-        panels.append(prepare_reliability(*metrics.top_of(scaled, gold), bins=config.bins, title=title))
-    figure = plot_reliability(panels)
+    folder = folder or run_folder(config.output, f"calibrate-{_name(config.predictions)}")
+    write_json(folder / "calibration.json", results)
+    figure = plot_reliability(panels, columns=2)
     for suffix in ("png", "svg"):
         save_figure(figure, folder / f"reliability.{suffix}")
     return CalibrateResult(results, folder)
 
 
-def split(
-    predictions: Sequence[Prediction], fraction: float, seed: int, source: str = "predictions"
-) -> tuple[list[Prediction], list[Prediction]]:
-    """(part to fit on, part to report on): disjoint, and alike in their shares of each task and subject.
+def _recalibrate(
+    parts: Sequence[tuple[Part, Part]], config: CalibrateConfig, mass: bool = True
+) -> tuple[dict[str, Any], list[Reliability]]:
+    """Fit on each pair's first part, apply to its second; what that gave, and its two panels.
 
-    Every stratum is shuffled and the strata are laid end to end; of that line, evenly spaced questions make the first
-    part. So each stratum's share is right to within one question, and the total to within rounding.
-
-    Raises:
-        CalsmoothError: a question occurs twice, or a part has fewer than 10 questions.
+    With several pairs the second parts are judged together, and the parameters are those of a last fit on everything.
+    mass: whether the scores are probabilities, so that the mass of the choices means something.
     """
-    twice = [key for key, n in Counter((p.task, p.subject, p.id) for p in predictions).items() if n > 1]
-    if twice:
-        raise CalsmoothError(
-            f"{source}: question '{twice[0][2]}' of {twice[0][0]} occurs twice, so that the fit and the report would "
-            f"overlap; give the predictions of one run"
+    fitter = _fitter(config)
+    width = max(len(p.logprobs) for pair in parts for part in pair for p in part)
+    fits = [fitter(*_arrays(fit_part, width)) for fit_part, _ in parts]
+    report = [p for _, part in parts for p in part]
+    before, gold = _arrays(report, width)
+    after = np.concatenate([fit.apply(_arrays(part, width)[0]) for fit, (_, part) in zip(fits, parts, strict=True)])
+    fitted_on = parts[0][0] if len(parts) == 1 else report
+    final = fits[0] if len(parts) == 1 else fitter(*_arrays(fitted_on, width))
+
+    moments = {"before": before, "after": after}
+    stated = metrics.pad_choices([p.logprobs for p in report])
+
+    def summary(lp: Array, rows: Any = slice(None), resamples: int = 0) -> dict[str, Any]:
+        found = metrics.summarize(lp[rows], gold[rows], bins=config.bins, resamples=resamples, seed=config.seed)
+        return found | {"choice_mass": metrics.choice_mass(stated[rows]) if mass else None}
+
+    results: dict[str, Any] = {
+        **final.parameters,
+        "n_fit": len(fitted_on),
+        "n_report": len(report),
+        **{moment: summary(lp, resamples=RESAMPLES) for moment, lp in moments.items()},
+        "fit": _fit_quality(final, *_arrays(fitted_on, width)),
+        "notes": list(dict.fromkeys(fit.note for fit in [*fits, final] if fit.note)),
+    }
+    if len(parts) > 1:
+        results["folds"] = [
+            {"n_fit": len(f), "n_report": len(r), **fit.parameters} for fit, (f, r) in zip(fits, parts, strict=True)
+        ]
+    task = np.array([p.task for p in report])
+    names = list(dict.fromkeys(task.tolist()))
+    if len(names) > 1:
+        results["tasks"] = {
+            name: {moment: summary(lp, np.flatnonzero(task == name)) for moment, lp in moments.items()}
+            for name in names
+        }
+    titles = {"before": "before", "after": f"after, {_label(config.method, final)}"}
+    panels = [
+        prepare_reliability(
+            *metrics.top_choice(np.exp(lp), gold),
+            bins=config.bins,
+            title=titles[moment],
+            ece_interval=results[moment]["ece_interval"],
         )
-    strata: dict[tuple[str, str], list[Prediction]] = {}
-    for prediction in predictions:
-        strata.setdefault((prediction.task, prediction.subject), []).append(prediction)
-    generator = np.random.default_rng(seed)
-    line = [strata[key][i] for key in sorted(strata) for i in generator.permutation(len(strata[key]))]
-    fit_part: list[Prediction] = []
-    report_part: list[Prediction] = []
-    for position, prediction in enumerate(line):
-        first = math.floor((position + 1) * fraction + 0.5) > math.floor(position * fraction + 0.5)
-        (fit_part if first else report_part).append(prediction)
-    if min(len(fit_part), len(report_part)) < SMALLEST_PART:
-        raise CalsmoothError(
-            f"{source}: {len(predictions)} predictions make parts of {len(fit_part)} and {len(report_part)}; fitting "
-            f"and reporting need at least {SMALLEST_PART} each: evaluate more questions or change --fit-fraction"
-        )
-    return fit_part, report_part
+        for moment, lp in moments.items()
+    ]
+    return results, panels
+
+
+def _fitter(config: CalibrateConfig) -> Callable[[Array, Array], Fit]:
+    def temperature(logits: Array, labels: Array) -> Fit:
+        found = fit_temperature(logits, labels)
+        parameters = {"temperature": found.temperature}
+        return Fit(lambda lp: metrics.log_softmax(lp, found.temperature), parameters, found.note)
+
+    return {
+        "temperature": temperature,
+        "vector": fit_vector,
+        "isotonic": fit_isotonic,
+        "histogram": lambda logits, labels: fit_histogram(logits, labels, config.bins),
+    }[config.method]
+
+
+def _arrays(part: Part, width: int) -> tuple[Array, Array]:
+    """((N, width) log-probabilities over the choices, -inf where a question lacks one; (N,) right choices)."""
+    padded = metrics.pad_choices([p.logprobs for p in part])
+    missing = np.full((len(part), width - padded.shape[1]), -np.inf)
+    return metrics.log_softmax(np.hstack([padded, missing])), np.array([p.gold for p in part])
+
+
+def _fit_quality(fit: Fit, logprobs: Array, gold: Array) -> dict[str, float]:
+    """The negative log-likelihood that was fitted, on the very questions: how far it went, no measure of how good."""
+    return {
+        "nll_before": metrics.negative_log_likelihood(logprobs, gold),
+        "nll_after": metrics.negative_log_likelihood(fit.apply(logprobs), gold),
+    }
+
+
+def _per_byte(part: Part) -> Part:
+    """The same questions, scored by the byte; those that aren't cloze left out."""
+    return [replace(p, logprobs=p.logprobs_per_byte) for p in part if p.logprobs_per_byte is not None]
+
+
+def _label(method: str, fit: Fit) -> str:
+    return f"T = {fit.parameters['temperature']:.3g}" if method == "temperature" else method
+
+
+def _noun(method: str) -> str:
+    return "temperature" if method == "temperature" else "fit"
+
+
+def _name(predictions: Path) -> str:
+    """The run's name: that of the folder in which the predictions lie."""
+    path = predictions.resolve()
+    return path.name if path.is_dir() else path.parent.name

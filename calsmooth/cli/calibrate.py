@@ -1,7 +1,11 @@
 """`calsmooth calibrate`: the recalibration, after an evaluation where there are no predictions yet."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, TypeVar
+
+from rich.text import Text
 
 from calsmooth import console
 from calsmooth.calibrate.config import CalibrateConfig
@@ -11,8 +15,14 @@ from calsmooth.cli.options import Output, settings_command
 from calsmooth.config import Settings, flag_name
 from calsmooth.errors import UsageError
 from calsmooth.evaluate.config import ChoicesConfig
+from calsmooth.files import check_run_folder, read_json
+from calsmooth.models import BUILT_IN
 
 S = TypeVar("S", bound=Settings)
+
+FOR_BAKING = ("model", "revision", "dtype", "device")
+TASKS_SHOWN = 10
+"""More tasks than these are left to calibration.json."""
 
 
 @dataclass(frozen=True)
@@ -22,35 +32,99 @@ class CalibrateCommand(CalibrateConfig, ChoicesConfig):
 
 @settings_command(app, CalibrateCommand)
 def calibrate(config: CalibrateCommand, output: Output) -> None:
-    """Fit a temperature on one part of the predictions, report calibration before and after on the rest.
+    """Recalibrate on one part of the predictions, report calibration before and after on the rest.
 
-    Takes an evaluation's predictions.jsonl, or evaluates --model on --task first. Writes calibration.json and
-    reliability.png.
+    Takes an evaluation's predictions.jsonl or lm-evaluation-harness's samples, or evaluates --model on --task first.
+    Writes calibration.json and reliability.png.
     """
     folder = None
     calibrate_config = _part(CalibrateConfig, config)
+    if config.bake is not None:
+        check_run_folder(config.bake, "--bake")
     if config.predictions is not None:
         _refuse_evaluation_options(config)
+        model, revision = _evaluated_model(config) if config.bake else (config.model, None)
     else:
         calibrate_config, folder = _evaluate_first(config)
-    from rich.text import Text
-
+        model, revision = config.model, config.revision
     from calsmooth.calibrate.run import run
     from calsmooth.tables import metrics_table
 
     result = run(calibrate_config, folder)
     found = result.results
-    console.say(
-        f"Temperature [bold]{found['temperature']:.4g}[/bold], fitted on {found['n_fit']:,} questions; "
-        f"below, the other {found['n_report']:,}."
-    )
-    rows = [("before", found["before"]), ("after", found["after"])]
-    for name, task in found.get("tasks", {}).items():
-        rows += [(f"  {name} before", task["before"]), (f"  {name} after", task["after"])]
-    output.show(metrics_table(rows), result=found)
-    for note in found["notes"]:
+    console.say(_what_was_fitted(found))
+    output.show(metrics_table(_rows(found)), result=found)
+    for note in _remarks(found):
         console.say(Text(note, style="dim"))
     console.say(f"Wrote {result.folder}/: {', '.join(sorted(p.name for p in result.folder.iterdir()))}")
+    if config.bake is not None:
+        _bake(config, config.bake, model, revision, found["temperature"])
+
+
+def _bake(config: CalibrateCommand, folder: Path, model: str, revision: str | None, temperature: float) -> None:
+    from calsmooth.calibrate.bake import bake
+    from calsmooth.models import pick_device, pick_dtype
+
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    baked = bake(model, temperature, folder, revision=revision, dtype=dtype, device=device)
+    console.say(
+        f"Baked the temperature into {baked.folder}/: {', '.join(baked.changed)}. Loaded again, its logits are "
+        f"{model}'s divided by {temperature:.4g}, to {baked.difference:.0e}."
+    )
+
+
+def _evaluated_model(config: CalibrateCommand) -> tuple[str, str | None]:
+    """(name, revision) of the model that made the predictions: the one given, or the one that results.json names."""
+    assert config.predictions is not None
+    if config.model != BUILT_IN:
+        return config.model, config.revision
+    folder = config.predictions if config.predictions.is_dir() else config.predictions.parent
+    results = folder / "results.json"
+    if not results.is_file():
+        raise UsageError(f"--bake: {folder} has no results.json that names the model; name it with --model")
+    found = read_json(results)
+    return str(found["model"]), found["config"].get("revision")
+
+
+def _what_was_fitted(found: dict[str, Any]) -> str:
+    if found["method"] != "temperature":
+        fitted = f"Method {found['method']}"
+    else:
+        fitted = f"Temperature [bold]{found['temperature']:.4g}[/bold]"
+        if "per_byte" in found:
+            fitted += f" (of scores per byte, {found['per_byte']['temperature']:.4g})"
+    if "folds" in found:
+        number = len(found["folds"])
+        return (
+            f"{fitted}, fitted on all {found['n_fit']:,} questions; below, each is judged by a fit on the other "
+            f"{number - 1} of {number} folds."
+        )
+    return f"{fitted}, fitted on {found['n_fit']:,} questions; below, the other {found['n_report']:,}."
+
+
+def _rows(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    cloze = "per_byte" in found
+    for words, scores in (("summed, ", found), ("per byte, ", found["per_byte"])) if cloze else (("", found),):
+        yield f"{words}before", scores["before"]
+        yield f"{words}after", scores["after"]
+        tasks = scores.get("tasks", {})
+        if len(tasks) <= TASKS_SHOWN:
+            for name, task in tasks.items():
+                yield f"  {name} before", task["before"]
+                yield f"  {name} after", task["after"]
+
+
+def _remarks(found: dict[str, Any]) -> list[str]:
+    """How sure the numbers are, and the notes of the run."""
+    (low, high), after = found["after"]["ece_interval"], found["after"]
+    lines = [
+        f"95 % interval of ECE after: {low:.3f} to {high:.3f}; perfect calibration would show "
+        f"{after['ece_if_calibrated']:.3f} at this n"
+    ]
+    if len(found.get("tasks", {})) > TASKS_SHOWN:
+        lines.append(f"{len(found['tasks'])} tasks; calibration.json has each")
+    return lines + found["notes"]
 
 
 def _evaluate_first(config: CalibrateCommand) -> tuple[CalibrateConfig, Any]:
@@ -68,7 +142,8 @@ def _evaluate_first(config: CalibrateCommand) -> tuple[CalibrateConfig, Any]:
 def _refuse_evaluation_options(config: CalibrateCommand) -> None:
     common = {f.name for f in fields(CalibrateConfig)}
     for f in fields(ChoicesConfig):
-        if f.name not in common and getattr(config, f.name) != f.default:
+        needed = config.bake is not None and f.name in FOR_BAKING
+        if f.name not in common and not needed and getattr(config, f.name) != f.default:
             raise UsageError(
                 f"{flag_name(f)}: {config.predictions} is a finished evaluation; leave the flag out, "
                 f"or the file to evaluate anew"

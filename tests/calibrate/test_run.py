@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 
 from calsmooth import metrics
 from calsmooth.calibrate.config import CalibrateConfig
-from calsmooth.calibrate.run import run, split
+from calsmooth.calibrate.run import run
+from calsmooth.calibrate.split import folds, split
 from calsmooth.cli.app import app
 from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.records import Prediction, read_predictions, write_predictions
@@ -88,10 +90,78 @@ def test_parts_are_disjoint_stratified_and_complete(sizes, fraction, seed):
     assert len(again[0]) == len(fit_part)
 
 
+@given(st.integers(11, 90), st.integers(2, 9), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_folds_cover_every_question_once_and_never_report_on_what_they_fit(n, number, seed):
+    pool = make_predictions(n)
+    if n - -(-n // number) < 10:
+        return
+    pairs = folds(pool, number, seed)
+    assert sorted(p.id for _, part in pairs for p in part) == sorted(p.id for p in pool)
+    for fit_part, report_part in pairs:
+        assert {p.id for p in fit_part}.isdisjoint(p.id for p in report_part)
+        assert len(fit_part) + len(report_part) == n
+        counts = Counter(p.subject for p in report_part)
+        assert all(abs(counts[s] - sum(p.subject == s for p in pool) / number) <= 1 for s in "abc")
+
+
 def test_the_seed_decides_the_split():
     pool = make_predictions(100)
     assert split(pool, 0.5, 0) == split(pool, 0.5, 0)
     assert split(pool, 0.5, 0) != split(pool, 0.5, 1)
+
+
+def test_folds_report_each_question_by_a_fit_without_it(predictions, tmp_path):
+    found = run(CalibrateConfig(predictions=predictions, output=tmp_path / "o", folds=4, seed=1)).results
+    assert (found["n_fit"], found["n_report"]) == (400, 400)
+    total = 0.0
+    for (fit_part, report_part), fold in zip(folds(read_predictions(predictions), 4, 1), found["folds"], strict=True):
+        assert (fold["n_fit"], fold["n_report"]) == (len(fit_part), len(report_part))
+        scaled = metrics.log_softmax(metrics.pad_choices([p.logprobs for p in report_part]), fold["temperature"])
+        total += metrics.negative_log_likelihood(scaled, [p.gold for p in report_part]) * len(report_part)
+    assert found["after"]["nll"] == pytest.approx(total / 400, abs=1e-12)
+    assert found["fit"]["nll_after"] < found["after"]["nll"]  # a fit looks better on what it was fitted to
+
+
+@pytest.mark.parametrize("method", ["vector", "isotonic", "histogram"])
+def test_the_other_methods_run_on_ragged_questions(method, predictions, tmp_path):
+    done = CliRunner().invoke(app, ["calibrate", str(predictions), "--method", method, "-o", str(tmp_path / "o")])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith(f"Method {method}, fitted on 200 questions; below, the other 200.")
+    found = json.loads((tmp_path / "o" / "calibration.json").read_text())
+    assert found["after"]["nll"] < found["before"]["nll"]
+    assert found["before"]["choice_mass"] == pytest.approx(np.exp(-0.5))
+    assert "temperature" not in found
+
+
+def test_cloze_is_calibrated_by_the_sum_and_by_the_byte(tmp_path):
+    rows = [
+        replace(p, logprobs_per_byte=tuple(x / (3 + k) for k, x in enumerate(p.logprobs))) for p in make_predictions(80)
+    ]
+    file = write_predictions(tmp_path / "predictions.jsonl", rows)
+    done = CliRunner().invoke(app, ["calibrate", str(file), "-o", str(tmp_path / "o"), "--folds", "2"])
+    assert done.exit_code == 0, done.output
+    labels = [line.split("  ")[0] for line in done.output.splitlines()[2:6]]
+    assert labels == ["summed, before", "summed, after", "per byte, before", "per byte, after"]
+    found = json.loads((tmp_path / "o" / "calibration.json").read_text())
+    by_byte = tmp_path / "by_byte.jsonl"
+    write_predictions(by_byte, [replace(p, logprobs=p.logprobs_per_byte, logprobs_per_byte=None) for p in rows])
+    alone = run(CalibrateConfig(predictions=by_byte, output=tmp_path / "alone", folds=2)).results
+    assert found["per_byte"]["temperature"] == alone["temperature"]
+    assert found["per_byte"]["after"]["ece"] == alone["after"]["ece"]
+    assert found["temperature"] != found["per_byte"]["temperature"]
+    assert found["per_byte"]["after"]["choice_mass"] is None
+
+
+def test_a_choice_that_only_the_reported_part_has(tmp_path):
+    """Parts may differ in their largest number of choices."""
+    rows = make_predictions(60)
+    rows = [replace(p, logprobs=p.logprobs[:3], gold=min(p.gold, 2)) for p in rows]
+    pairs = split(rows, 0.5, 0)
+    wide = replace(pairs[1][0], logprobs=(*pairs[1][0].logprobs, -1.0))
+    file = write_predictions(tmp_path / "p.jsonl", [wide if p.id == wide.id else p for p in rows])
+    found = run(CalibrateConfig(predictions=file, output=tmp_path / "o", method="vector")).results
+    assert (len(found["scale"]), found["bias"][3]) == (4, 0.0)
 
 
 def test_several_tasks_share_one_temperature_and_are_reported_apart(tmp_path):
@@ -126,6 +196,15 @@ def test_too_few_predictions_are_refused(tmp_path):
         tmp_path, make_predictions(19)
     )
     assert "parts of 4 and 36" in refused(tmp_path, make_predictions(40), fit_fraction=0.1)
+
+
+def test_too_few_predictions_for_folds_are_refused(tmp_path):
+    assert "12 predictions in 2 folds leave 6 to fit on" in refused(tmp_path, make_predictions(12), folds=2)
+
+
+def test_folds_and_a_fraction_exclude_each_other():
+    with pytest.raises(UsageError, match="two ways to split"):
+        CalibrateConfig(folds=5, fit_fraction=0.3)
 
 
 def test_a_question_that_occurs_twice_is_refused(tmp_path):
