@@ -67,6 +67,12 @@ class Examples(Sequence[Example]):
         return np.diff(self.starts)
 
     @property
+    def targets(self) -> np.ndarray:
+        """(n,) target tokens of each."""
+        before = np.concatenate([[0], np.cumsum(self.learned, dtype=np.int64)])
+        return np.diff(before[self.starts])
+
+    @property
     def target_tokens(self) -> int:
         """Of all together."""
         return int(np.count_nonzero(self.learned))

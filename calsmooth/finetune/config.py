@@ -79,6 +79,11 @@ class FinetuneConfig(Settings):
     dataset_revision: str | None = setting(
         None, "Branch, tag or commit of the hub ids that don't say theirs (@REVISION).", panel=DATA
     )
+    packing: bool = setting(
+        False,
+        "Put several examples into a row instead of padding; they don't see each other, and a step has the same ones.",
+        panel=DATA,
+    )
     cache: bool = setting(True, "Keep tokenised data for the next run, under ~/.cache/calsmooth.", panel=DATA)
 
     lr: float | None = setting(

@@ -60,6 +60,11 @@ class EpochOrder(Sampler[int]):
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
 
+    def most_tokens(self, epochs: int) -> int:
+        """Tokens of the step that has the most of them, of the first so many epochs."""
+        lengths = np.asarray(self.lengths)
+        return max(int(lengths[step].sum()) for epoch in range(epochs) for step in self.steps(epoch))
+
     def _drawn(self, epoch: int) -> list[int]:
         if len(self.pools) == 1:
             return list(self.pools[0])

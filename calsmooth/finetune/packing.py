@@ -11,7 +11,7 @@ import torch
 
 from calsmooth.data import Example
 from calsmooth.errors import CalsmoothError
-from calsmooth.finetune.batches import Collator, PackedCollator
+from calsmooth.finetune.batches import Collate, Collator, PackedCollator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,8 +54,13 @@ def check_packing(model: "PreTrainedModel") -> float:
     return difference
 
 
-def one_row(model: "PreTrainedModel") -> bool:
-    """Whether this model's attention takes packed examples as a single row (`PackedCollator`)."""
+def collator(packing: bool, model: "PreTrainedModel", pad_token_id: int) -> Collate:
+    """What makes this model's batches."""
+    return PackedCollator(pad_token_id, _one_row(model)) if packing else Collator(pad_token_id)
+
+
+def _one_row(model: "PreTrainedModel") -> bool:
+    # Flash attention finds the sequences by their position ids only where the batch is one row.
     return "flash" in str(getattr(model.config, "_attn_implementation", ""))
 
 
@@ -66,11 +71,11 @@ def _unknown_layers(model: "PreTrainedModel") -> list[str]:
 
 @torch.no_grad()
 def _difference(model: "PreTrainedModel") -> float:
-    size = model.get_input_embeddings().weight.shape[0]
+    size = int(model.config.get_text_config(decoder=True).vocab_size)
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(size, (length,), generator=generator).tolist() for length in LENGTHS]
     examples = [Example(ids, ids) for ids in tokens]
-    packed = PackedCollator(0, one_row(model))(examples)
+    packed = PackedCollator(0, _one_row(model))(examples)
     together = _logits(model, packed)
     worst, spread = 0.0, 0.0
     for example in examples:
