@@ -148,7 +148,7 @@ class Chat:
         self, wording: Wording, question: Question, examples: Sequence[Question], asked: str
     ) -> tuple[str, bool]:
         """(the conversation up to the answer, whether the tokenizer still has to add its special tokens)."""
-        header = wording.header(question.subject).strip()
+        header = wording.header(question.subject)
         turns: list[Turn] = []
         solved = [wording.solved(example) for example in examples]
         if self.shots_as == "text":
@@ -160,7 +160,7 @@ class Chat:
         if header and self._system():
             turns.insert(0, Turn("system", header))
         elif header:
-            turns[0] = Turn("user", f"{header}\n\n{turns[0].content}")
+            turns[0] = Turn("user", header + turns[0].content)
         return self._before_answer((*turns, Turn("assistant", ANSWER)), f"question {question.id}")
 
     def _before_answer(self, turns: tuple[Turn, ...], where: str) -> tuple[str, bool]:

@@ -84,3 +84,99 @@ def model_folder(tmp_path_factory, tokenizer):
     build_model(initializer_range=0.05).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _arc(number, key, labels):
+    texts = [f"choice {label} of {number}" for label in labels]
+    return {"id": f"Mercury_{number}", "question": f"Which star is number {number}?",
+            "choices": {"text": texts, "label": list(labels)}, "answerKey": key}  # fmt: skip
+
+
+def _openbook(number):
+    return {"id": f"7-{number}", "question_stem": f"The sun, the {number}th, is responsible for",
+            "choices": {"text": ["puppies", "children growing", "plants sprouting", "wires"], "label": list("ABCD")},
+            "answerKey": "ABCD"[number % 4]}  # fmt: skip
+
+
+def _commonsense(number):
+    choices = {"label": list("ABCDE"), "text": ["ignore", "enforce", "be harsh", "yell at", f"avoid {number}"]}
+    return {"id": f"hash{number}", "question": f"What did the sanctions {number} seem to do?",
+            "question_concept": "punishing", "choices": choices, "answerKey": "ABCDE"[number % 5]}  # fmt: skip
+
+
+def _piqa(number):
+    return {"goal": f"How do I boil {number} eggs?", "sol1": "Put them in water.", "sol2": "Put them in the sink, and wait",
+            "label": number % 2}  # fmt: skip
+
+
+def _winogrande(number):
+    return {"sentence": f"Sarah was a better surgeon than Maria so _ always got the {number} easier cases.",
+            "option1": "Sarah", "option2": "Maria", "answer": str(1 + number % 2)}  # fmt: skip
+
+
+def _truthful(number):
+    choices = [f"Nothing happens to seed {number}", "They grow in you", "You become sick"][: 2 + number % 2]
+    return {"question": f"What happens if you eat {number} seeds?",
+            "mc1_targets": {"choices": choices, "labels": [1] + [0] * (len(choices) - 1)},
+            "mc2_targets": {"choices": choices, "labels": [1] * len(choices)}}  # fmt: skip
+
+
+def _scene(number):
+    return {"ind": number, "activity_label": "Roofing", "ctx_a": f"A man [substeps] is on roof {number}.", "ctx_b": "he",
+            "ctx": f"A man is on roof {number}. he", "endings": ["sings [title] loud.", "falls.", "flies.", "sleeps."],
+            "source_id": "activitynet~v_1", "split": "train", "split_type": "indomain",
+            "label": str(number % 4)}  # fmt: skip
+
+
+def _mmlu(number, subject):
+    return {"question": f" What is {number} + 1 in {subject}? ", "subject": subject,
+            "choices": ["one", "two", "None", "NA"], "answer": number % 4}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """{(data set, configuration): {split: rows}}: a few rows of each in the columns that it has on the hub."""
+    subjects = ("anatomy", "abstract_algebra")
+    return {
+        ("cais/mmlu", "all"): {
+            split: [_mmlu(first + i, subject) for subject in subjects for i in range(count)]
+            for split, first, count in (("test", 0, 4), ("dev", 50, 5))
+        },
+        ("Rowan/hellaswag", None): {s: [_scene(first + i) for i in range(7)] for s, first in SPLITS},
+        ("allenai/ai2_arc", "ARC-Easy"): {
+            "test": [_arc(1, "B", "ABCD"), _arc(2, "3", "1234"), _arc(3, "A", "ABC"), _arc(4, "E", "ABCDE")],
+            "train": [_arc(50 + i, "D", "ABCD") for i in range(6)],
+        },
+        ("allenai/ai2_arc", "ARC-Challenge"): {
+            "test": [_arc(i, "C", "ABCD") for i in range(4)],
+            "train": [_arc(50 + i, "A", "ABCD") for i in range(6)],
+        },
+        ("allenai/openbookqa", "main"): {
+            "test": [_openbook(i) for i in range(4)],
+            "train": [_openbook(50 + i) for i in range(6)],
+        },
+        ("tau/commonsense_qa", None): {s: [_commonsense(first + i) for i in range(6)] for s, first in SPLITS},
+        ("baber/piqa", None): {s: [_piqa(first + i) for i in range(6)] for s, first in SPLITS},
+        ("allenai/winogrande", "winogrande_xl"): {s: [_winogrande(first + i) for i in range(6)] for s, first in SPLITS},
+        ("truthfulqa/truthful_qa", "multiple_choice"): {"validation": [_truthful(i) for i in range(8)]},
+    }
+
+
+SPLITS = (("validation", 0), ("train", 50))
+
+
+@pytest.fixture
+def served(hub, monkeypatch):
+    """`datasets.load_dataset` answers from `hub`; gives the list of what it was asked."""
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, name=None, *, split=None, revision=None):
+        asked.append((path, name, split, revision))
+        splits = {s: datasets.Dataset.from_list(rows) for s, rows in hub[path, name].items()}
+        return datasets.DatasetDict(splits) if split is None else splits[split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("calsmooth.evaluate.rows.prepare_hub", lambda: True)
+    return asked

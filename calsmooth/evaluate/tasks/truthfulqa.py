@@ -11,7 +11,7 @@ from calsmooth.evaluate.questions import Question, make_question
 from calsmooth.evaluate.rows import Hub, column
 from calsmooth.evaluate.task import Split, Task
 
-# The question-answering prompt of the paper's appendix, which every score on this task stands behind.
+# The question-answering prompt of the paper's appendix, behind which scores on this task stand.
 PRIMER = (
     ("What is human life expectancy in the United States?", "Human life expectancy in the United States is 78 years."),
     (
@@ -29,7 +29,7 @@ class TruthfulQA(Task):
     """Scored on its only split, validation, and without solved examples: it has no other split to take them from.
 
     The data lists the right answer first: its choices are shuffled here, by a seed of the question's number, or a model
-    that says "A" would have every letter right. In the cloze format the paper's six questions and answers come first.
+    that says "A" would have every letter right. In the cloze format six questions and answers of the paper come first.
     """
 
     name, title = "truthfulqa_mc1", "TruthfulQA (mc1)"
@@ -45,11 +45,9 @@ class TruthfulQA(Task):
         random.Random(f"{self.name}/{id}").shuffle(order)
         return make_question(row.where, id, self.subject, text, [choices[i] for i in order], order.index(answer))
 
-    def cloze_header(self, subject: str) -> str:
-        return "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in PRIMER)
-
     def cloze_context(self, question: Question) -> str:
-        return f"Q: {question.text}\nA:"
+        asked = [f"Q: {primed}\nA: {answer}\n\n" for primed, answer in PRIMER]
+        return "".join(asked) + f"Q: {question.text}\nA:"
 
 
 def _targets(where: str, targets: Any) -> tuple[list[Any], int]:
