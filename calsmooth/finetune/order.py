@@ -99,9 +99,9 @@ def epoch_quotas(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     Shares are rounded by largest remainders. A source whose share rounds to nothing gives one example, unless it has
     none; an empty one's share goes to the others.
     """
-    if not weights:
-        return list(sizes)
     total = sum(sizes)
+    if not weights or not total:
+        return list(sizes)
     weights = [weight if size else 0.0 for weight, size in zip(weights, sizes, strict=True)]
     exact = [total * weight / sum(weights) for weight in weights]
     quotas = [int(share) for share in exact]
