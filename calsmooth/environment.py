@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 from typing import Any
 
@@ -51,6 +52,39 @@ def peak_memory(device: "str | Any") -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def free_memory(device: "str | Any") -> int:
+    """Bytes that this process may still take: on its GPU, else of the main memory that is there and that it is allowed.
+
+    Processes of one torchrun on one machine share the main memory evenly.
+    """
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    kibibytes = _first_number("/proc/meminfo", "MemAvailable:")
+    available = _UNKNOWN_MEMORY if kibibytes is None else kibibytes * 1024
+    # A container may be allowed less than there is.
+    limit, used = _first_number("/sys/fs/cgroup/memory.max"), _first_number("/sys/fs/cgroup/memory.current")
+    if limit is not None and used is not None:
+        available = min(available, limit - used)
+    return max(available, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+_UNKNOWN_MEMORY = 4 * 2**30  # where there is no /proc
+
+
+def _first_number(path: str, key: str = "") -> int | None:
+    """The number behind `key` in a file's first such line; None where there is none, as in 'max'."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            words = next((line.removeprefix(key).split() for line in file if line.startswith(key)), [])
+    except OSError:
+        return None
+    return int(words[0]) if words and words[0].isdigit() else None
 
 
 def _processor() -> str:

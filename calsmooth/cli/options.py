@@ -24,9 +24,9 @@ class Output:
     json: bool
 
     def show(self, *renderables: Any, result: Mapping[str, Any] | list[Any]) -> None:
-        if self.json:
+        if self.json and console.speaks():
             print(json_module.dumps(result, indent=2, allow_nan=False, ensure_ascii=False))
-        else:
+        elif not self.json:
             console.say(*renderables)
 
 

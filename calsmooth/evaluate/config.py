@@ -28,6 +28,9 @@ class ChoicesConfig(Settings):
     output: Path | None = setting(
         None, "Folder for the results: new or empty.", shown_default="runs/evaluate-MODEL", flags=("--output", "-o")
     )
+    resume: bool = setting(
+        False, "Go on with an interrupted evaluation (the one in --output, or the newest of the default name)."
+    )
     shots: int | None = setting(
         None,
         "Solved examples before each question.",
@@ -70,7 +73,16 @@ class ChoicesConfig(Settings):
     bins: int = setting(15, "Confidence bins of ECE, MCE, SCE and ACE and of the picture.", minimum=1)
     seed: int = setting(0, "Seed of --limit's draw and of the bootstrap intervals.", minimum=0)
     batch_size: int | None = setting(
-        None, "Sequences run at once; changes speed and memory only.", shown_default="chosen", minimum=1, panel=COMPUTE
+        None,
+        "Sequences run at once; changes speed and memory only.",
+        shown_default="what the free memory holds",
+        minimum=1,
+        panel=COMPUTE,
+    )
+    reuse: bool = setting(
+        True,
+        "Run what prompts have in common once, where the model allows it; off: every prompt in full.",
+        panel=COMPUTE,
     )
     dtype: str | None = setting(
         None,

@@ -1,44 +1,35 @@
 """evaluate: tasks -> prompts -> log-probabilities -> predictions.jsonl -> metrics -> results.json and a picture."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calsmooth import metrics
-from calsmooth.console import progress
-from calsmooth.environment import environment
+import calsmooth
+from calsmooth import console
+from calsmooth.environment import environment, peak_memory
+from calsmooth.evaluate import ledger
+from calsmooth.evaluate.choices import Choices
 from calsmooth.evaluate.config import ChoicesConfig, EvaluateConfig
-from calsmooth.evaluate.next_token import predict_tokens
-from calsmooth.evaluate.prompts import Prompt, prompter
-from calsmooth.evaluate.questions import Question, sample
-from calsmooth.evaluate.requests import Encoder, Request
+from calsmooth.evaluate.ledger import Ledger
+from calsmooth.evaluate.next_token import TokenPredictor
+from calsmooth.evaluate.parallel import Processes, joined
+from calsmooth.evaluate.responses import Responses
 from calsmooth.evaluate.scoring import Scorer
 from calsmooth.evaluate.task import Task, TaskData
 from calsmooth.evaluate.tasks import RESPONSES, choice_tasks
 from calsmooth.evaluate.tasks.responses import load_responses
-from calsmooth.files import run_folder, write_json
-from calsmooth.models import load_model, load_tokenizer, model_label, pick_device, pick_dtype
-from calsmooth.plots import Reliability, plot_reliability, prepare_reliability, save_figure
+from calsmooth.evaluate.units import perform
+from calsmooth.files import write_json
+from calsmooth.models import load_model, load_tokenizer, model_fingerprint, model_label, pick_dtype
+from calsmooth.plots import Reliability, plot_reliability, save_figure
 from calsmooth.records import Prediction, write_predictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-RESAMPLES = 1000
 DEFAULT_RESPONSE_LENGTH = 1024
-
-
-@dataclass
-class TaskResult:
-    """One task's part of results.json, its predictions (none for `responses`) and its panel of the picture."""
-
-    summary: dict[str, Any]
-    panel: Reliability
-    predictions: list[Prediction] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -55,183 +46,111 @@ class EvaluateResult:
 
 
 def run(config: ChoicesConfig) -> EvaluateResult:
-    """Evaluate a model and write the run folder. Prints nothing but progress bars.
+    """Evaluate a model and write the run folder. Prints nothing but progress bars, and a hint where it is interrupted.
+
+    Under torchrun the processes share the work; the first one writes the files, all return the result.
 
     Raises:
         UsageError: a folder, device or option that isn't there or doesn't fit.
         CalsmoothError: the model or a task's data can't be had or is bad.
     """
+    with joined() as processes:
+        return _run(config, processes)
+
+
+def _run(config: ChoicesConfig, processes: Processes) -> EvaluateResult:
     # Data first: a missing file should show before a model is loaded.
     loaded = [(task, _load(task, config)) for task in choice_tasks(config.task)]
-    device = pick_device(config.device)
+    device = processes.device(config.device)
     dtype = pick_dtype(config.dtype, device)
     tokenizer = load_tokenizer(config.model, config.revision)
-    responses = None
-    if isinstance(config, EvaluateConfig) and RESPONSES in config.task:
-        length = config.max_length or DEFAULT_RESPONSE_LENGTH
-        responses = load_responses(
-            config.dataset,
-            config.model,
-            tokenizer,
-            split=config.split,
-            max_length=length,
-            limit=config.limit,
-            seed=config.seed,
-        )
+    responses = _load_responses(config, tokenizer)
     model = load_model(config.model, dtype=dtype, device=device, revision=config.revision)
-    folder = run_folder(config.output, f"evaluate-{model_label(config.model)}")
 
-    tasks: dict[str, TaskResult] = {}
     started = time.perf_counter()
-    for task, data in loaded:
-        tasks[task.name] = _choices(task, data, config, model, tokenizer)
+    max_length = config.max_length or _longest(model)
+    tasks: list[Choices | Responses] = []
+    if loaded:
+        scorer = Scorer(model, batch_size=config.batch_size, reuse=config.reuse)
+        tasks += [Choices(task, data, config, tokenizer, scorer, max_length) for task, data in loaded]
     if responses is not None:
-        tasks[RESPONSES] = _responses(*responses, config, model)
-    predictions = [p for task in tasks.values() for p in task.predictions]
-    results = {
-        "model": config.model,
-        "tasks": {name: task.summary for name, task in tasks.items()},
-        "notes": list(dict.fromkeys(note for task in tasks.values() for note in task.notes)),
-        "config": config.to_dict(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "seconds": round(time.perf_counter() - started, 3),
-        **environment(device),
-    }
-    if predictions:
-        write_predictions(folder / "predictions.jsonl", predictions)
-    write_json(folder / "results.json", results)
-    panels = {name: task.panel for name, task in tasks.items()}
-    figure = plot_reliability(list(panels.values()))
-    for suffix in ("png", "svg"):
-        save_figure(figure, folder / f"reliability.{suffix}")
-    return EvaluateResult(results, predictions, panels, folder)
+        tasks.append(Responses(*responses, config, TokenPredictor(model, batch_size=config.batch_size)))
+    kept = processes.by_first(lambda: _ledger(config, model, tasks, max_length))
+    units = {task.name: task.units() for task in tasks}
+    try:
+        records = perform([unit for of_task in units.values() for unit in of_task], kept, processes, ", ".join(units))
+    except KeyboardInterrupt:
+        console.warn(f"interrupted; the same command with --resume --output {kept.folder} goes on")
+        raise
+
+    def finish() -> EvaluateResult:
+        found = {task.name: task.result([records[unit.name] for unit in units[task.name]]) for task in tasks}
+        predictions = [p for task in found.values() for p in task.predictions]
+        results = {
+            "model": config.model,
+            "tasks": {name: task.summary for name, task in found.items()},
+            "notes": list(dict.fromkeys(note for task in found.values() for note in task.notes)),
+            "config": config.to_dict(),
+            "model_hash": model_fingerprint(config.model, model),
+            "dtype": str(dtype).removeprefix("torch."),
+            "seconds": round(time.perf_counter() - started, 3),
+            "peak_memory_bytes": peak_memory(device),
+            **environment(device),
+        }
+        panels = {name: task.panel for name, task in found.items()}
+        _write(kept, results, predictions, panels)
+        return EvaluateResult(results, predictions, panels, kept.folder)
+
+    return processes.by_first(finish)
 
 
 def _load(task: Task, config: ChoicesConfig) -> TaskData:
     return task.load(config.data_dir, task.shots if config.shots is None else config.shots)
 
 
-def _choices(
-    task: Task,
-    data: TaskData,
-    config: ChoicesConfig,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-) -> TaskResult:
-    """Score a multiple-choice task."""
-    shots = task.shots if config.shots is None else config.shots
-    form = config.format or task.format
-    notes = list(data.notes)
-    chat = config.shots_as if config.chat_template else None
-    wording, ask = prompter(task, format=form, style=config.prompt_style, chat=chat, tokenizer=tokenizer)
-    encode = Encoder(tokenizer, config.max_length or _longest(model))
-    scorer = Scorer(model, batch_size=config.batch_size)
-    questions = sample(data.questions, config.limit, config.seed)
-    predictions, requests = [], []
-    with progress(task.name, len(questions)) as advance:
-        ordered = sorted(questions, key=lambda q: q.subject)
-        for _, group in groupby(ordered, key=lambda q: q.subject):
-            members = list(group)
-            prompts = [ask(question, list(data.examples.get(question.subject, ()))) for question in members]
-            encoded = [encode(prompt) for prompt in prompts]
-            scores = scorer.score(encoded, advance)
-            predictions += [
-                _prediction(task.name, question, logprobs, prompt)
-                for question, logprobs, prompt in zip(members, scores, prompts, strict=True)
-            ]
-            requests += encoded
-    fewest = min(len(data.examples.get(q.subject, ())) for q in questions)
-    if fewest < shots:
-        notes.append(f"{task.name}: only {fewest} of {shots} solved examples exist")
-    notes += _notes(task.name, requests, scorer)
-    summary = {
-        **_summary(predictions, config, resamples=RESAMPLES),
-        "questions_available": len(data.questions),
-        "format": form,
-        "prompt": wording,
-        "chat_template": chat,
-        "shots": min(shots, fewest),
-        "prompts_with_dropped_shots": sum(r.dropped_shots > 0 for r in requests),
-        "prompts_truncated": sum(r.truncated for r in requests),
-        "prefix_reuse": scorer.sharing.prefix,
-        "tokens_run": scorer.tokens_run,
-        "tokens_in_full": sum(_tokens_in_full(r) for r in requests),
-        "source": data.source,
-    }
-    subjects = {name: list(group) for name, group in groupby(predictions, key=lambda p: p.subject)}
-    if len(subjects) > 1:
-        summary["subjects"] = {name: _summary(group, config) for name, group in subjects.items()}
-    if form == "cloze":
-        per_byte = [p.logprobs_per_byte for p in predictions if p.logprobs_per_byte is not None]
-        summary["per_byte"] = metrics.summarize(per_byte, [p.gold for p in predictions], bins=config.bins)
-        # The exponential of a mean is no probability, so that there is no mass to speak of.
-        del summary["per_byte"]["choice_mass"]
-    confidence, correct = metrics.top_of([p.logprobs for p in predictions], [p.gold for p in predictions])
-    panel = prepare_reliability(confidence, correct, bins=config.bins, title=task.name)
-    summary["reliability"] = panel.to_dict()
-    return TaskResult(summary, panel, predictions, notes)
-
-
-def _responses(examples: Sequence[Any], source: str, config: ChoicesConfig, model: "PreTrainedModel") -> TaskResult:
-    """Score next-token predictions on held-out responses."""
-    with progress(RESPONSES, len(examples)) as advance:
-        tokens = predict_tokens(model, examples, batch_size=config.batch_size, advance=advance)
-    top = metrics.summarize_top(
-        tokens.confidence,
-        tokens.correct,
-        bins=config.bins,
-        resamples=RESAMPLES,
+def _load_responses(config: ChoicesConfig, tokenizer: "PreTrainedTokenizerBase") -> tuple[Sequence[Any], str] | None:
+    """(rows, where they came from), where they are asked for."""
+    if not isinstance(config, EvaluateConfig) or RESPONSES not in config.task:
+        return None
+    return load_responses(
+        config.dataset,
+        config.model,
+        tokenizer,
+        split=config.split,
+        max_length=config.max_length or DEFAULT_RESPONSE_LENGTH,
+        limit=config.limit,
         seed=config.seed,
-        clusters=tokens.row,  # the tokens of a response aren't independent
     )
-    panel = prepare_reliability(tokens.confidence, tokens.correct, bins=config.bins, title=RESPONSES)
-    summary = {
-        **top,
-        # Over a whole vocabulary there is no list of choices to be judged one by one.
-        "sce": None,
-        "ace": None,
-        "brier": float(tokens.brier.mean()),
-        "nll": float(tokens.nll.mean()),
-        "choice_mass": None,
-        "rows": len(examples),
-        "source": source,
-        "reliability": panel.to_dict(),
+
+
+def _ledger(
+    config: ChoicesConfig, model: "PreTrainedModel", tasks: Sequence[Choices | Responses], max_length: int | None
+) -> Ledger:
+    """Where the scores are written down as they come; with --resume, of the interrupted evaluation of the same."""
+    key = {
+        "calsmooth version": calsmooth.__version__,
+        "model": model_fingerprint(config.model, model),
+        "precision": str(model.dtype).removeprefix("torch."),
+        "longest sequence": max_length,
+        **{f"task {task.name}": task.key() for task in tasks},
     }
-    return TaskResult(summary, panel)
+    begin = ledger.resume if config.resume else ledger.start
+    return begin(config.output, f"evaluate-{model_label(config.model)}", key)
 
 
-def _prediction(task: str, question: Question, logprobs: list[float], prompt: Prompt) -> Prediction:
-    per_byte = None
-    if prompt.answer_bytes is not None:
-        per_byte = tuple(value / length for value, length in zip(logprobs, prompt.answer_bytes, strict=True))
-    return Prediction(task, question.subject, question.id, tuple(logprobs), question.answer, per_byte)
-
-
-def _summary(predictions: Sequence[Prediction], config: ChoicesConfig, resamples: int = 0) -> dict[str, Any]:
-    logprobs, gold = [p.logprobs for p in predictions], [p.gold for p in predictions]
-    return metrics.summarize(logprobs, gold, bins=config.bins, resamples=resamples, seed=config.seed)
-
-
-def _notes(task: str, requests: Sequence[Request], scorer: Scorer) -> list[str]:
-    notes = []
-    dropped = sum(r.dropped_shots > 0 for r in requests)
-    truncated = sum(r.truncated for r in requests)
-    if dropped:
-        notes.append(f"{task}: {dropped} of {len(requests)} prompts were too long and lost solved examples")
-    if truncated:
-        notes.append(
-            f"{task}: {truncated} of {len(requests)} questions were too long by themselves and lost their start"
-        )
-    if not scorer.sharing.prefix:
-        notes.append(f"prompts are run in full, because {scorer.sharing.reason}")
-    return notes
-
-
-def _tokens_in_full(request: Request) -> int:
-    """What one full forward a choice (or one a question, where all choices are one token) would run."""
-    if all(len(c) == 1 for c in request.continuations):
-        return len(request.context)
-    return sum(len(request.context) + len(c) - 1 for c in request.continuations)
+def _write(
+    kept: Ledger,
+    results: Mapping[str, Any],
+    predictions: Sequence[Prediction],
+    panels: Mapping[str, Reliability],
+) -> None:
+    if predictions:
+        write_predictions(kept.folder / "predictions.jsonl", predictions)
+    figure = plot_reliability(list(panels.values()))
+    for suffix in ("png", "svg"):
+        save_figure(figure, kept.folder / f"reliability.{suffix}")
+    write_json(kept.folder / "results.json", results)
+    kept.close()
 
 
 def _longest(model: "PreTrainedModel") -> int | None:

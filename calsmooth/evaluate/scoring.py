@@ -8,27 +8,28 @@ their context's keys and values.
 Batches are padded on the right, where causal attention never looks, and the padding is masked for what follows, so that
 neither padding nor batch size changes a result beyond rounding. What can't be shared for a model (`cache_sharing`) is
 run in full instead.
+
+What a batch goes on from is read and copied for one layer at a time only (`_Behind`): memory holds each prefix once.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from calsmooth.errors import CalsmoothError
-from calsmooth.evaluate.logits import wanted_logits
+from calsmooth.evaluate.batches import Batches, Size, is_out_of_memory
+from calsmooth.evaluate.readout import Readout
 from calsmooth.evaluate.requests import Request, shared_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.cache_utils import DynamicCache
 
-T = TypeVar("T")
-
-BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
-"""Tokens of a batch, what it attends to in the cache included, where no batch size is given."""
 WORTH_SHARING = 16
 """Shortest shared prefix, in tokens, that is worth a forward of its own."""
 
@@ -51,8 +52,6 @@ def cache_sharing(model: "PreTrainedModel") -> Sharing:
     With plain attention, all of it. A sliding window counts masked padding as well, so there only gap-free reuse, with
     a cache that keeps every key (the model's mask applies the window). Anything else, such as a recurrent state, none.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
     accepted = inspect.signature(model.forward).parameters
     config = model.config.get_text_config(decoder=True)
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
@@ -66,11 +65,21 @@ def cache_sharing(model: "PreTrainedModel") -> Sharing:
 
 
 @dataclass(frozen=True)
+class _Ask:
+    """The log-probability of `token` after token `position` of a row, which counts towards a choice of a request."""
+
+    position: int
+    token: int
+    request: int
+    choice: int
+
+
+@dataclass(frozen=True)
 class _Row:
-    """A sequence to run and what to read off it: (position, token, request, choice) for each log-probability."""
+    """A sequence to run and what to read off it."""
 
     tokens: list[int]
-    asks: list[tuple[int, int, int, int]]
+    asks: list[_Ask]
     parent: int = 0  # the row of the past that it goes on from
 
 
@@ -78,21 +87,27 @@ class _Row:
 class _Past:
     """Keys and values of B sequences. `mask` (B, S) is 0 at padding, `length` (B,) counts what isn't."""
 
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-    mask: torch.Tensor
-    length: torch.Tensor
+    layers: list[tuple[Tensor, Tensor]]  # (B, heads, S, head size) each
+    mask: Tensor
+    length: Tensor
+    padded: bool
+
+
+_Found = tuple[_Ask, float]
 
 
 class Scorer:
     """Scores requests with one model.
 
-    batch_size: sequences run at once; None chooses by length. reuse: False runs everything in full, for comparison.
+    batch_size: sequences run at once; None chooses by free memory. reuse: False runs everything in full, for
+    comparison. `notes()` says in words what isn't as it usually is.
     """
 
     def __init__(self, model: "PreTrainedModel", *, batch_size: int | None = None, reuse: bool = True) -> None:
         self.model = model
-        self.batch_size = batch_size
-        self.sharing = cache_sharing(model) if reuse else Sharing(False, False, "it was switched off")
+        self.readout = Readout(model)
+        self.batches = Batches(model, batch_size)
+        self.sharing = cache_sharing(model) if reuse else Sharing(False, False, "reuse was switched off (--no-reuse)")
         self.tokens_run = 0
         """Tokens fed to the model so far, padding left out."""
 
@@ -101,115 +116,150 @@ class Scorer:
         """For each request of a group, the natural-log probability of each of its continuations.
 
         advance: called with the number of requests that have just been finished.
+
+        Raises:
+            CalsmoothError: one sequence alone is too much for the memory, or a probability isn't a number.
         """
         scores = [[0.0] * len(request.continuations) for request in requests]
-        prefix = shared_prefix(requests) if self.sharing.prefix and len(requests) > 1 else []
-        past = None
-        if len(prefix) >= WORTH_SHARING:
-            past = self._run([_Row(prefix, [])], None, scores, keep=True)
-        skip = len(prefix) if past is not None else 0
         order = sorted(range(len(requests)), key=lambda i: -requests[i].length())
-        if self.sharing.contexts:
-            for chosen in self._batches(order, lambda i: requests[i].length()):
-                self._score_in_two_steps(chosen, requests, skip, past, scores)
-                advance(len(chosen))
-            return scores
-        rows = [row for i in order for row in _whole_rows(i, requests[i], skip)]
-        rows.sort(key=lambda row: -len(row.tokens))
-        for batch in self._batches(rows, lambda row: skip + len(row.tokens)):
-            self._run(batch, past, scores)
-            # A request is finished with its last choice.
-            advance(sum(1 for row in batch if row.asks[-1][3] == len(scores[row.asks[-1][2]]) - 1))
+        try:
+            for found, finished in self._found(order, requests):
+                for ask, logprob in found:
+                    scores[ask.request][ask.choice] += logprob
+                advance(finished)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            longest = requests[order[0]].length()
+            raise CalsmoothError(
+                f"not enough memory for a single sequence of {longest:,} tokens; give a smaller --max-length, --dtype "
+                f"bfloat16, or another --device"
+            ) from error
         return scores
 
+    def _found(self, order: list[int], requests: Sequence[Request]) -> Iterator[tuple[list[_Found], int]]:
+        """Batch by batch: log-probabilities, and how many requests have all of theirs by now."""
+        prefix = shared_prefix(requests) if self.sharing.prefix and len(requests) > 1 else []
+        skip = len(prefix) if len(prefix) >= WORTH_SHARING else 0
+        past = self._forward([_Row(prefix, [])], None, keep=True)[1] if skip else None
+        if self.sharing.contexts:
+            for batch, found in self.batches.run(
+                order,
+                lambda i: Size(requests[i].length() - skip, skip, kept=max(map(len, requests[i].continuations)) > 1),
+                lambda batch: self._score_in_two_steps(batch, requests, skip, past),
+            ):
+                yield found, len(batch)
+            return
+        rows = [row for i in order for row in _whole_rows(i, requests[i], skip)]
+        rows.sort(key=lambda row: -len(row.tokens))
+        waiting = Counter(ask.request for row in rows for ask in row.asks)
+        for _, (found, _) in self.batches.run(
+            rows, lambda row: Size(len(row.tokens), skip), lambda batch: self._forward(batch, past)
+        ):
+            waiting.subtract(ask.request for ask, _ in found)
+            yield found, sum(waiting[i] == 0 for i in {ask.request for ask, _ in found})
+
     def _score_in_two_steps(
-        self, batch: list[int], requests: Sequence[Request], skip: int, past: _Past | None, scores: list[list[float]]
-    ) -> None:
-        rows = []
-        for i in batch:
-            own, continuations = requests[i].context[skip:], requests[i].continuations
-            firsts = [(len(own) - 1, c[0], i, k) for k, c in enumerate(continuations) if 0 in requests[i].scored(k)]
-            rows.append(_Row(own, firsts))
-        rest = [
-            _Row(c[:-1], [(j - 1, c[j], i, k) for j in requests[i].scored(k) if j > 0], parent)
-            for parent, i in enumerate(batch)
-            for k, c in enumerate(requests[i].continuations)
-            if len(c) > 1
-        ]
-        past = self._run(rows, past, scores, keep=bool(rest))
-        if rest:
-            assert past is not None
-            width = past.mask.shape[1]
+        self, batch: list[int], requests: Sequence[Request], skip: int, past: _Past | None
+    ) -> list[_Found]:
+        """The contexts' own tokens first, then what follows in continuations of more than one token."""
+        firsts, rest = [], []
+        for parent, i in enumerate(batch):
+            own = requests[i].context[skip:]
+            asks = []
+            for k, continuation in enumerate(requests[i].continuations):
+                scored = requests[i].scored(k)
+                asks += [_Ask(len(own) - 1, continuation[0], i, k)] if 0 in scored else []
+                if len(continuation) > 1:
+                    later = [_Ask(j - 1, continuation[j], i, k) for j in scored if j > 0]
+                    rest.append(_Row(continuation[:-1], later, parent))
+            firsts.append(_Row(own, asks))
+        found, contexts = self._forward(firsts, past, keep=bool(rest))
+        if contexts is not None:
             rest.sort(key=lambda row: -len(row.tokens))
-            for part in self._batches(rest, lambda row: width + len(row.tokens)):
-                self._run(part, past, scores)
+            seen = contexts.mask.shape[1]
+            for _, (more, _) in self.batches.run(
+                rest, lambda row: Size(len(row.tokens), seen), lambda rows: self._forward(rows, contexts)
+            ):
+                found += more
+        return found
 
-    def _batches(self, items: Sequence[T], length: Callable[[T], int]) -> Iterator[list[T]]:
-        """Consecutive batches of items that come longest first."""
-        budget = BATCH_TOKENS.get(self.model.device.type, BATCH_TOKENS["cpu"])
-        start = 0
-        while start < len(items):
-            size = self.batch_size or max(budget // length(items[start]), 1)
-            yield list(items[start : start + size])
-            start += size
-
-    def _run(self, rows: list[_Row], past: _Past | None, scores: list[list[float]], keep: bool = False) -> _Past | None:
-        """One forward: adds what the rows ask for to `scores`; with `keep` returns the keys and values, extended."""
+    def _forward(self, rows: list[_Row], past: _Past | None, keep: bool = False) -> tuple[list[_Found], _Past | None]:
+        """One forward: what the rows ask for and, with `keep`, the keys and values of past and rows together."""
         device = self.model.device
-        width = max(len(row.tokens) for row in rows)
-        tokens = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for r, row in enumerate(rows):
-            tokens[r, : len(row.tokens)] = torch.tensor(row.tokens)
-            mask[r, : len(row.tokens)] = 1
-        tokens, mask = tokens.to(device), mask.to(device)
-        length = mask.sum(dim=1)
-        positions = torch.arange(width, device=device).expand(len(rows), width)
-        cache = None
+        lengths = torch.tensor([len(row.tokens) for row in rows])
+        width = int(lengths.max())
+        tokens = torch.tensor([row.tokens + [0] * (width - len(row.tokens)) for row in rows]).to(device)
+        positions = torch.arange(width)
+        mask = (positions < lengths[:, None]).long().to(device)
+        padded = bool((lengths < width).any())
+        length, positions = lengths.to(device), positions.to(device).expand(len(rows), width)
+        inputs: dict[str, Any] = {"input_ids": tokens}
         if past is not None:
             parents = torch.tensor([row.parent for row in rows], device=device)
-            cache = _cache_of(past, parents)
             mask = torch.cat([past.mask[parents], mask], dim=1)
             positions = positions + past.length[parents, None]
             length = length + past.length[parents]
+            inputs |= {"past_key_values": _cache_behind(past, parents, keep), "use_cache": True}
         elif keep:
-            from transformers.cache_utils import DynamicCache
-
-            cache = DynamicCache()
-        inputs = {"input_ids": tokens, "attention_mask": mask, "use_cache": cache is not None}
-        if cache is not None:
-            inputs["past_key_values"] = cache
-        if self.sharing.contexts:
-            inputs["position_ids"] = positions
+            inputs |= {"past_key_values": DynamicCache(), "use_cache": True}
+        if past is not None and past.padded:
+            inputs |= {"attention_mask": mask, "position_ids": positions}
         else:
-            # Nothing goes on behind the padding, so nothing needs to know of it; and masking it would leave the padding
-            # that lies a sliding window behind its text nothing at all to attend to, which is NaN.
+            # No padding lies before anything that is asked, so that nothing needs to know of it; and masking what is a
+            # sliding window behind its text would leave it nothing at all to attend to, which is NaN.
             inputs["attention_mask"] = torch.ones_like(mask)
-        self._read(rows, inputs, scores)
-        self.tokens_run += sum(len(row.tokens) for row in rows)
-        if not keep or cache is None:
-            return None
-        return _Past([(keys, values) for keys, values, *_ in cache], mask, length)
+        found = self._read(rows, inputs)
+        self.tokens_run += int(lengths.sum())
+        if not keep:
+            return found, None
+        layers = [(layer.keys, layer.values) for layer in inputs["past_key_values"].layers]
+        return found, _Past(layers, mask, length, padded or (past is not None and past.padded))
 
-    def _read(self, rows: list[_Row], inputs: dict[str, Any], scores: list[list[float]]) -> None:
-        """Run the model and add the log-probabilities that the rows ask for."""
-        asks = [(r, *ask) for r, row in enumerate(rows) for ask in row.asks]
-        places = list(dict.fromkeys((r, position) for r, position, *_ in asks)) or [(0, 0)]
-        index = {place: n for n, place in enumerate(places)}
-        at = torch.tensor([index[r, position] for r, position, *_ in asks], dtype=torch.long)
-        token = torch.tensor([ask[2] for ask in asks], dtype=torch.long)
-        found = torch.zeros(len(asks), dtype=torch.float64)
+    def _read(self, rows: list[_Row], inputs: dict[str, Any]) -> list[_Found]:
+        """Run the model and read what the rows ask for."""
+        asks = [(r, ask) for r, row in enumerate(rows) for ask in row.asks]
+        places = {place: n for n, place in enumerate(dict.fromkeys((r, ask.position) for r, ask in asks))}
         device = inputs["input_ids"].device
-        wanted_rows, wanted_positions = torch.tensor(places, device=device).T
-        for start, logits in wanted_logits(self.model, inputs, wanted_rows, wanted_positions):
-            here = ((at >= start) & (at < start + len(logits))).nonzero()[:, 0]
-            local = (at[here] - start).to(device)
-            value = logits[local, token[here].to(device)] - logits.logsumexp(dim=-1)[local]
-            found[here] = value.cpu().double()
-        if not bool(found.isfinite().all()):
+        at = torch.tensor([places[r, ask.position] for r, ask in asks], dtype=torch.long, device=device)
+        token = torch.tensor([ask.token for _, ask in asks], dtype=torch.long, device=device)
+        wanted = torch.tensor(list(places), dtype=torch.long, device=device).view(-1, 2)
+        values = self.readout.logprobs(inputs, wanted[:, 0], wanted[:, 1], at, token).double()
+        if not bool(values.isfinite().all()):
             raise CalsmoothError("the model gave a probability that is not a number; try --dtype float32")
-        for (_, _, _, request, choice), logprob in zip(asks, found.tolist(), strict=True):
-            scores[request][choice] += logprob
+        return [(ask, value) for (_, ask), value in zip(asks, values.tolist(), strict=True)]
+
+
+class _Behind(DynamicLayer):
+    """One layer's keys and values that rows go on from, read and never grown: no copy of it outlives the layer."""
+
+    def __init__(self, keys: Tensor, values: Tensor, parents: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values  # whose shape tells the model how much lies behind
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._behind = (keys, values, parents)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, values, parents = self._behind
+        return (
+            torch.cat([_rows_of(keys, parents), key_states], dim=-2),
+            torch.cat([_rows_of(values, parents), value_states], dim=-2),
+        )
+
+
+def _cache_behind(past: _Past, parents: Tensor, keep: bool) -> DynamicCache:
+    """A cache that goes on from the given rows of the past, and with `keep` grows; the past itself stays as it is."""
+    cache = DynamicCache()
+    if not keep:
+        cache.layers = [_Behind(keys, values, parents) for keys, values in past.layers]
+        return cache
+    for number, (keys, values) in enumerate(past.layers):
+        cache.update(_rows_of(keys, parents), _rows_of(values, parents), number)
+    return cache
+
+
+def _rows_of(tensor: Tensor, parents: Tensor) -> Tensor:
+    return tensor.expand(len(parents), -1, -1, -1) if len(tensor) == 1 else tensor[parents]
 
 
 def _whole_rows(index: int, request: Request, skip: int) -> list[_Row]:
@@ -217,21 +267,8 @@ def _whole_rows(index: int, request: Request, skip: int) -> list[_Row]:
     own = request.context[skip:]
     last = len(own) - 1
     if all(len(c) == 1 for c in request.continuations):
-        return [_Row(own, [(last, c[0], index, k) for k, c in enumerate(request.continuations)])]
+        return [_Row(own, [_Ask(last, c[0], index, k) for k, c in enumerate(request.continuations)])]
     return [
-        _Row(own + c[:-1], [(last + j, c[j], index, k) for j in request.scored(k)])
+        _Row(own + c[:-1], [_Ask(last + j, c[j], index, k) for j in request.scored(k)])
         for k, c in enumerate(request.continuations)
     ]
-
-
-def _cache_of(past: _Past, parents: torch.Tensor) -> "DynamicCache":
-    """A cache that goes on from the given rows of the past; the past itself stays as it is."""
-    from transformers.cache_utils import DynamicCache
-
-    cache = DynamicCache()
-    for number, (keys, values) in enumerate(past.layers):
-        if len(keys) == 1:
-            cache.update(keys.expand(len(parents), -1, -1, -1), values.expand(len(parents), -1, -1, -1), number)
-        else:
-            cache.update(keys[parents], values[parents], number)
-    return cache

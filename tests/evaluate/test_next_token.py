@@ -5,8 +5,7 @@ import torch
 
 from calsmooth.data import Example
 from calsmooth.errors import CalsmoothError
-from calsmooth.evaluate import logits as logits_module
-from calsmooth.evaluate.next_token import predict_tokens
+from calsmooth.evaluate.next_token import TokenPredictor
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +35,12 @@ def by_hand(model, examples):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_statistics_are_those_of_the_full_softmax_whatever_the_batch(build, examples, kind, monkeypatch):
+def test_statistics_are_those_of_the_full_softmax_whatever_the_batch(build, examples, kind):
     model = build(kind, torch.float64)
     expected = by_hand(model, examples)
 
     def check(**arguments):
-        got = predict_tokens(model, examples, **arguments)
+        got = TokenPredictor(model, **arguments).predict(examples)
         for values, want in zip((got.confidence, got.correct, got.nll, got.brier, got.row), expected, strict=True):
             # Gemma's attention takes its softmax in float32, whatever the model's own precision.
             assert values == pytest.approx(want, abs=1e-5 if kind == "gemma2" else 1e-9)
@@ -49,20 +48,8 @@ def test_statistics_are_those_of_the_full_softmax_whatever_the_batch(build, exam
     check()
     check(batch_size=1)
     check(batch_size=3)
-    monkeypatch.setitem(logits_module.LOGIT_BYTES, "cpu", 4 * 340 * 5)
-    check()
-
-
-def test_logits_never_exist_for_all_tokens_at_once(build, examples, monkeypatch):
-    monkeypatch.setitem(logits_module.LOGIT_BYTES, "cpu", 4 * 340 * 5)
-    model = build("llama")
-    seen = []
-    model.lm_head.register_forward_hook(lambda module, arguments, output: seen.append(output.shape[1]))
-    tokens = predict_tokens(model, examples)
-    assert max(seen) == 5
-    assert sum(seen) == len(tokens.nll)
 
 
 def test_nothing_to_predict_is_an_error(build):
     with pytest.raises(CalsmoothError, match="no response tokens"):
-        predict_tokens(build("llama"), [Example([1, 2], [-100, -100])])
+        TokenPredictor(build("llama")).predict([Example([1, 2], [-100, -100])])

@@ -190,7 +190,7 @@ def test_missing_data_shows_before_the_model_is_loaded(config, monkeypatch, tmp_
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(run_module, "load_model", never)
-    with pytest.raises(CalsmoothError, match="expected MMLU's official CSV files"):
+    with pytest.raises(CalsmoothError, match="no test split of MMLU there; expected the official CSV"):
         run(config(data_dir=tmp_path))
 
 

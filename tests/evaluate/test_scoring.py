@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.cache_utils import DynamicLayer
 
 from calsmooth.errors import CalsmoothError
-from calsmooth.evaluate import logits as logits_module
 from calsmooth.evaluate.requests import Request, shared_prefix
 from calsmooth.evaluate.scoring import Scorer, cache_sharing
 
@@ -95,23 +95,21 @@ def test_every_token_is_run_once(build):
     assert scorer.tokens_run == 40 + own + fed
 
 
-def test_logits_in_chunks_are_the_logits(build, monkeypatch):
-    model = build("gemma2", torch.float64)
-    requests = make_requests()
-    whole = Scorer(model).score(requests)
-    monkeypatch.setitem(logits_module.LOGIT_BYTES, "cpu", 4 * 340 * 3)
-    chunked = Scorer(model).score(requests)
-    for got, want in zip(chunked, whole, strict=True):
-        assert got == pytest.approx(want, abs=1e-9)
-
-
-def test_the_head_sees_only_what_is_asked(build):
+def test_a_prefix_is_held_once_and_never_copied_for_all_layers(build, monkeypatch):
+    """Beside the prefix's own, at most one layer's keys and values exist while letters are scored."""
+    kept = []
+    monkeypatch.setattr(DynamicLayer, "update", recorded(DynamicLayer.update, kept))
     model = build()
-    seen = []
-    model.lm_head.register_forward_hook(lambda module, arguments, output: seen.append(output.shape[1]))
-    requests = make_requests(letters=True)
-    Scorer(model).score(requests)
-    assert seen == [1, len(requests)]  # one position for the prefix, then each context's last
+    Scorer(model).score(make_requests(letters=True))
+    assert kept == [1] * model.config.num_hidden_layers  # one sequence: the prefix
+
+
+def recorded(update, kept):
+    def wrapped(self, key_states, *rest, **named):
+        kept.append(len(key_states))
+        return update(self, key_states, *rest, **named)
+
+    return wrapped
 
 
 def test_progress_counts_every_request_once(build):

@@ -1,0 +1,127 @@
+"""How many sequences run at once: as many as the free memory holds, half of them where that was too many.
+
+A batch size changes speed and memory and nothing else, so an estimate is good enough: it may be off by a factor of two
+either way before the halving sets in, and beyond a few thousand tokens a batch is no faster for being larger.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from calsmooth.environment import free_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+ENOUGH_TOKENS = {"cpu": 2048, "cuda": 32768}
+"""New tokens of a batch beyond which a forward isn't faster per token."""
+SHARE_OF_FREE = 0.5
+
+
+@dataclass(frozen=True)
+class Size:
+    """Tokens of one sequence: those that run, those that it goes on from, and whether its keys and values are kept."""
+
+    new: int
+    past: int = 0
+    kept: bool = False
+
+
+class Batches:
+    """Cuts work into batches for one model. `batch_size` None: chosen. `halvings` counts what memory was too small for.
+
+    Where it was, all later batches are smaller as well.
+    """
+
+    def __init__(self, model: "PreTrainedModel", batch_size: int | None = None) -> None:
+        self.batch_size = batch_size
+        self.halvings = 0
+        self._device = model.device
+        self._footprint = _Footprint.of(model)
+        self._enough = ENOUGH_TOKENS.get(model.device.type, ENOUGH_TOKENS["cpu"])
+
+    def run(
+        self, items: Sequence[T], size: Callable[[T], Size], work: Callable[[list[T]], R]
+    ) -> Iterator[tuple[list[T], R]]:
+        """Yields (batch, work(batch)) for consecutive batches of items that come longest first.
+
+        Raises:
+            torch.OutOfMemoryError: a single item is too much.
+        """
+        start = 0
+        while start < len(items):
+            batch = list(items[start : start + self._rows(size(items[start]))])
+            done, result = self._attempt(batch, work)
+            if done:
+                yield batch, result[0]
+                start += len(batch)
+
+    def _attempt(self, batch: list[T], work: Callable[[list[T]], R]) -> tuple[bool, list[R]]:
+        try:
+            return True, [work(batch)]
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(batch) == 1:
+                raise
+        # Outside the except block: while the error lives, so do the tensors of the frames that it came from.
+        self.halvings += 1
+        if self.batch_size is not None:
+            self.batch_size = max(len(batch) // 2, 1)
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return False, []
+
+    def _rows(self, size: Size) -> int:
+        if self.batch_size is not None:
+            return self.batch_size
+        by_memory = SHARE_OF_FREE * free_memory(self._device) / self._footprint.bytes(size)
+        return max(int(min(by_memory, self._enough / size.new)) >> self.halvings, 1)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the processor's allocator, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+@dataclass(frozen=True)
+class _Footprint:
+    """What one sequence needs beside the weights, estimated from the model's sizes."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    key_values: int  # numbers a token and layer in the cache
+    itemsize: int
+    eager: bool  # attention that writes its scores down
+
+    @staticmethod
+    def of(model: "PreTrainedModel") -> "_Footprint":
+        config = model.config.get_text_config(decoder=True)
+        hidden = int(getattr(config, "hidden_size", 0) or 1024)
+        heads = int(getattr(config, "num_attention_heads", 0) or 1)
+        head_size = int(getattr(config, "head_dim", None) or hidden // heads)
+        return _Footprint(
+            layers=int(getattr(config, "num_hidden_layers", 0) or 1),
+            hidden=hidden,
+            intermediate=int(getattr(config, "intermediate_size", None) or 4 * hidden),
+            heads=heads,
+            key_values=2 * head_size * int(getattr(config, "num_key_value_heads", None) or heads),
+            itemsize=model.dtype.itemsize,
+            eager=getattr(config, "_attn_implementation", "eager") == "eager",
+        )
+
+    def bytes(self, size: Size) -> int:
+        """Of one sequence, at the fullest moment of its forward."""
+        seen = size.new + size.past
+        # Keys and values as attention reads them: repeated for every head, of one layer, or of all where they are kept.
+        attention = 2 * seen * self.hidden + seen * self.key_values * (self.layers if size.kept else 1)
+        activations = size.new * (8 * self.hidden + 3 * self.intermediate)
+        scores = 2 * self.heads * size.new * seen if self.eager else size.new * seen
+        return self.itemsize * (attention + activations) + 4 * (2 * size.new * self.hidden + scores)

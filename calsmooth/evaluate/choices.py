@@ -1,0 +1,178 @@
+"""A multiple-choice task: its questions as units of work, and what their log-probabilities come to."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from calsmooth import metrics
+from calsmooth.evaluate.config import ChoicesConfig
+from calsmooth.evaluate.prompts import Prompt, prompter
+from calsmooth.evaluate.questions import Question, sample
+from calsmooth.evaluate.requests import Encoder, Request
+from calsmooth.evaluate.results import RESAMPLES, TaskResult, memory_note
+from calsmooth.evaluate.scoring import Scorer
+from calsmooth.evaluate.task import Task, TaskData
+from calsmooth.evaluate.units import Record, Unit, in_threads, parts
+from calsmooth.plots import prepare_reliability
+from calsmooth.records import Prediction
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Asked = list[tuple[Prompt, Request]]
+
+
+class Choices:
+    """One task's questions, put to one model.
+
+    max_length: of a sequence, in tokens; None for no limit.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        data: TaskData,
+        config: ChoicesConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        scorer: Scorer,
+        max_length: int | None,
+    ) -> None:
+        self.name, self.data, self.config, self.scorer = task.name, data, config, scorer
+        self.form = config.format or task.format
+        self.chat = config.shots_as if config.chat_template else None
+        self.wording, self._ask = prompter(
+            task, format=self.form, style=config.prompt_style, chat=self.chat, tokenizer=tokenizer
+        )
+        self._encode = Encoder(tokenizer, max_length)
+        questions = sorted(sample(data.questions, config.limit, config.seed), key=lambda q: q.subject)
+        self.subjects = {subject: list(group) for subject, group in groupby(questions, key=lambda q: q.subject)}
+        self.questions = questions
+        asked_for = task.shots if config.shots is None else config.shots
+        fewest = min(len(data.examples.get(subject, ())) for subject in self.subjects)
+        self.shots = min(asked_for, fewest)
+        self.notes = list(data.notes)
+        if fewest < asked_for:
+            self.notes.append(f"{task.name}: only {fewest} of {asked_for} solved examples exist")
+
+    def key(self) -> str:
+        """What is asked, in a few words and as a hash: of every question, and of each subject's first whole prompt."""
+        digest = hashlib.sha256()
+        for question in self.questions:
+            digest.update(json.dumps(dataclasses.astuple(question)).encode())
+        for members in self.subjects.values():
+            prompt = self._prompt(members[0])
+            digest.update(json.dumps([prompt.text(prompt.shots), prompt.openings, prompt.continuations]).encode())
+        words = f"{len(self.questions):,} questions, {self.form}, {self.wording}, {self.shots} shots"
+        return f"{words}, sha256 {digest.hexdigest()}"
+
+    def units(self) -> list[Unit]:
+        """A subject's questions, or a part of them, each: what shares solved examples is scored together."""
+        return [
+            Unit(
+                name=f"{self.name}/{subject}/{number}",
+                cost=sum(100 + len(q.text) + sum(map(len, q.choices)) for q in part),
+                steps=len(part),
+                prepare=partial(in_threads, self._prepare, part),
+                score=self._score,
+            )
+            for subject, members in self.subjects.items()
+            for number, part in enumerate(parts(members))
+        ]
+
+    def result(self, records: Sequence[Record]) -> TaskResult:
+        """Metrics of all questions; the records are those of `units()`, in that order."""
+        logprobs = [values for record in records for values in record["logprobs"]]
+        per_byte = [values for record in records for values in record["per_byte"]]
+        predictions = [
+            Prediction(self.name, q.subject, q.id, tuple(values), q.answer, tuple(divided) if divided else None)
+            for q, values, divided in zip(self.questions, logprobs, per_byte, strict=True)
+        ]
+        total = {name: sum(record[name] for record in records) for name in _counts([], 0, 0)}
+        summary = {
+            **self._summary(predictions, resamples=RESAMPLES),
+            "questions_available": len(self.data.questions),
+            "format": self.form,
+            "prompt": self.wording,
+            "chat_template": self.chat,
+            "shots": self.shots,
+            "prompts_with_dropped_shots": total["dropped"],
+            "prompts_truncated": total["truncated"],
+            "prefix_reuse": self.scorer.sharing.prefix,
+            "tokens_run": total["tokens_run"],
+            "tokens_in_full": total["tokens_in_full"],
+            "source": self.data.source,
+            "key": self.key(),
+        }
+        if len(self.subjects) > 1:
+            of_subject = groupby(predictions, key=lambda p: p.subject)
+            summary["subjects"] = {name: self._summary(list(group)) for name, group in of_subject}
+        gold = [p.gold for p in predictions]
+        if self.form == "cloze":
+            summary["per_byte"] = metrics.summarize(per_byte, gold, bins=self.config.bins)
+            # The exponential of a mean is no probability, so that there is no mass to speak of.
+            del summary["per_byte"]["choice_mass"]
+        confidence, correct = metrics.top_of(logprobs, gold)
+        panel = prepare_reliability(confidence, correct, bins=self.config.bins, title=self.name)
+        summary["reliability"] = panel.to_dict()
+        return TaskResult(summary, panel, predictions, [*self.notes, *self._notes(total)])
+
+    def _prompt(self, question: Question) -> Prompt:
+        return self._ask(question, list(self.data.examples.get(question.subject, ())))
+
+    def _prepare(self, question: Question) -> tuple[Prompt, Request]:
+        prompt = self._prompt(question)
+        return prompt, self._encode(prompt)
+
+    def _score(self, asked: Asked, advance: Callable[..., None]) -> Record:
+        scorer = self.scorer
+        run, halved = scorer.tokens_run, scorer.batches.halvings
+        requests = [request for _, request in asked]
+        logprobs = scorer.score(requests, advance)
+        per_byte = [
+            prompt.answer_bytes and [v / n for v, n in zip(values, prompt.answer_bytes, strict=True)]
+            for (prompt, _), values in zip(asked, logprobs, strict=True)
+        ]
+        counts = _counts(requests, scorer.tokens_run - run, scorer.batches.halvings - halved)
+        return {"logprobs": logprobs, "per_byte": per_byte, **counts}
+
+    def _summary(self, predictions: Sequence[Prediction], resamples: int = 0) -> dict:
+        logprobs, gold = [p.logprobs for p in predictions], [p.gold for p in predictions]
+        return metrics.summarize(logprobs, gold, bins=self.config.bins, resamples=resamples, seed=self.config.seed)
+
+    def _notes(self, total: dict[str, int]) -> list[str]:
+        notes, n, sharing = [], len(self.questions), self.scorer.sharing
+        if total["dropped"]:
+            notes.append(f"{self.name}: {total['dropped']} of {n} prompts were too long and lost solved examples")
+        if total["truncated"]:
+            notes.append(
+                f"{self.name}: {total['truncated']} of {n} questions were too long by themselves and lost their start"
+            )
+        if not sharing.prefix:
+            notes.append(f"prompts are run in full, because {sharing.reason}")
+        elif total["long_answers"] and not sharing.contexts:
+            notes.append(f"each choice is run with its question, because {sharing.reason}")
+        if self.scorer.readout.fallback is not None:
+            notes.append(f"log-probabilities are those of the model's own logits: {self.scorer.readout.fallback}")
+        return notes + memory_note(self.name, total["halvings"])
+
+
+def _counts(requests: Sequence[Request], tokens_run: int, halvings: int) -> dict[str, int]:
+    return {
+        "dropped": sum(r.dropped_shots > 0 for r in requests),
+        "truncated": sum(r.truncated for r in requests),
+        "long_answers": sum(any(len(c) > 1 for c in r.continuations) for r in requests),
+        "tokens_run": tokens_run,
+        "tokens_in_full": sum(map(_tokens_in_full, requests)),
+        "halvings": halvings,
+    }
+
+
+def _tokens_in_full(request: Request) -> int:
+    """What one full forward a choice (or one a question, where all choices are one token) would run."""
+    if all(len(c) == 1 for c in request.continuations):
+        return len(request.context)
+    return sum(len(request.context) + len(c) - 1 for c in request.continuations)

@@ -1,0 +1,97 @@
+"""Held-out responses: their rows as units of work, and what the predictions of their tokens come to."""
+
+import base64
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calsmooth import metrics
+from calsmooth.evaluate.config import ChoicesConfig
+from calsmooth.evaluate.next_token import TokenPredictor
+from calsmooth.evaluate.results import RESAMPLES, TaskResult, memory_note
+from calsmooth.evaluate.tasks import RESPONSES
+from calsmooth.evaluate.units import Record, Unit, parts
+from calsmooth.plots import prepare_reliability
+
+if TYPE_CHECKING:
+    from calsmooth.data import Example
+
+
+class Responses:
+    """The rows of one data set, whose response tokens one model predicts. source: where they came from."""
+
+    name = RESPONSES
+
+    def __init__(
+        self, examples: Sequence["Example"], source: str, config: ChoicesConfig, predictor: TokenPredictor
+    ) -> None:
+        self.examples, self.source, self.config, self.predictor = examples, source, config, predictor
+
+    def key(self) -> str:
+        """What is predicted, in a few words and as a hash of every token and label."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            for ids in (example.input_ids, example.labels):
+                digest.update(np.asarray([len(ids), *ids], dtype=np.int64).tobytes())
+        return f"{len(self.examples):,} rows, sha256 {digest.hexdigest()}"
+
+    def units(self) -> list[Unit]:
+        return [
+            Unit(
+                name=f"{self.name}/{number}",
+                cost=sum(len(example.input_ids) for example in part),
+                steps=len(part),
+                score=partial(self._score, part),
+            )
+            for number, part in enumerate(parts(self.examples))
+        ]
+
+    def result(self, records: Sequence[Record]) -> TaskResult:
+        """Metrics of all tokens; the records are those of `units()`, in that order."""
+        statistics = np.concatenate([_decoded(record["statistics"]) for record in records])
+        confidence, correct, nll, brier = statistics.T
+        row = np.repeat(np.arange(len(self.examples)), [count for record in records for count in record["tokens"]])
+        top = metrics.summarize_top(
+            confidence,
+            correct,
+            bins=self.config.bins,
+            resamples=RESAMPLES,
+            seed=self.config.seed,
+            clusters=row,  # the tokens of a response aren't independent
+        )
+        panel = prepare_reliability(confidence, correct, bins=self.config.bins, title=self.name)
+        summary = {
+            **top,
+            # Over a whole vocabulary there is no list of choices to be judged one by one.
+            "sce": None,
+            "ace": None,
+            "brier": float(brier.mean()),
+            "nll": float(nll.mean()),
+            "choice_mass": None,
+            "rows": len(self.examples),
+            "source": self.source,
+            "key": self.key(),
+            "reliability": panel.to_dict(),
+        }
+        notes = memory_note(self.name, sum(record["halvings"] for record in records))
+        if self.predictor.readout.fallback is not None:
+            notes.append(f"predictions are those of the model's own logits: {self.predictor.readout.fallback}")
+        return TaskResult(summary, panel, notes=notes)
+
+    def _score(self, examples: Sequence["Example"], _: None, advance: Callable[..., None]) -> Record:
+        halved = self.predictor.batches.halvings
+        found = self.predictor.predict(examples, advance)
+        statistics = np.stack([found.confidence, found.correct, found.nll, found.brier], axis=-1)
+        return {
+            "statistics": base64.b64encode(statistics.tobytes()).decode(),
+            "tokens": np.bincount(found.row, minlength=len(examples)).tolist(),
+            "halvings": self.predictor.batches.halvings - halved,
+        }
+
+
+def _decoded(text: str) -> np.ndarray:
+    """(tokens, 4) float64."""
+    return np.frombuffer(base64.b64decode(text), dtype=np.float64).reshape(-1, 4)
