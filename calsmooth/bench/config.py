@@ -99,6 +99,11 @@ class BenchConfig(Settings):
         below=1,
         panel=_METHODS,
     )
+    autotune: bool = setting(
+        False,
+        "Search the block sizes of calsmooth's GPU kernels first, and keep them for every later run on this GPU.",
+        panel=_METHODS,
+    )
     repeats: int | None = setting(
         None,
         "Timed rounds, each with every method once.",

@@ -1,4 +1,5 @@
-"""Timing: every method once a round, round after round, so that a clock that slows down slows all of them.
+"""Timing: every method once a round, round after round, so that a clock that slows down slows all of them. Each round
+has its own order: a GPU at its power limit runs slower after a method that draws more, whoever comes next.
 
 A run is what a training step does: the loss, then the gradients of hidden states and head; and apart from it the loss
 alone under no_grad, as evaluation does. Compilation, autotuning and first allocations happen in an untimed round.
@@ -6,6 +7,7 @@ alone under no_grad, as evaluation does. Compilation, autotuning and first alloc
 
 import gc
 import math
+import random
 import statistics
 import sys
 import time
@@ -114,7 +116,7 @@ def measure(
     for done in range(repeats):
         if done > 0 and time.perf_counter() - begin > seconds:
             break
-        for m in measurements:
+        for m in random.Random(done).sample(measurements, len(measurements)):
             if m.error is None:
                 advance(0, note=m.contestant.label)
                 if flush is not None:

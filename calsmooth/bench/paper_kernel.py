@@ -390,9 +390,8 @@ class _PaperLoss(torch.autograd.Function):
         if hasattr(ctx, "gradients"):
             dE, dC = ctx.gradients
             del ctx.gradients
-            for gradient in (dE, dC):
-                if gradient is not None:
-                    scale_in_place(gradient, grad)
+            nothing = grad.new_empty(0)
+            scale_in_place(nothing if dE is None else dE, nothing if dC is None else dC, grad)
         else:
             E, C, targets, lse, share, order = ctx.saved_tensors
             p = _Problem(E, C, targets, *ctx.options)

@@ -11,6 +11,7 @@ import torch
 
 from calsmooth import console
 from calsmooth.bench import memory
+from calsmooth.bench.autotune import autotune
 from calsmooth.bench.config import BenchConfig
 from calsmooth.bench.inputs import Inputs, Statistics, describe, model_inputs, random_inputs
 from calsmooth.bench.measure import Measurement, matmul_rate, measure
@@ -29,7 +30,7 @@ new round begins where the number of rounds is open too. With the inputs, memory
 reference on top it is about a minute on two cores."""
 
 CPU_REFERENCE_SECONDS = 5.0
-GPU_REFERENCE_SECONDS = 30.0
+GPU_REFERENCE_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Case:
     statistics: Statistics
     absent: dict[str, str]  # method -> why it didn't take part
     rows: list[Row]
+    tuned: dict[str, Any] | None  # what --autotune found
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,9 @@ def _measure_case(
         inputs = random_inputs(shape, tokens, config.inputs, dtype=dtype, device=device, seed=config.seed)
     contestants, absent = line_up(inputs, config.beta, config.method, config.mode, config.filter_eps)
     if not contestants:
-        reasons = "; ".join(f"{name} {reason}" for name, reason in absent.items())
+        reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason(absent).items())
         raise UsageError(f"no method is left to measure: {reasons or 'widen --method and --mode'}")
+    tuned = autotune(inputs) if config.autotune else None
     N, V, D = inputs.sizes
     reference_seconds = CPU_REFERENCE_SECONDS if device.type == "cpu" else GPU_REFERENCE_SECONDS
     # float64 runs at half of float32's rate on a CPU, and at a few percent of bfloat16's on a GPU.
@@ -205,7 +208,15 @@ def _measure_case(
         )
     rows = [_roofline(inputs, config.frozen, rate)]
     rows += [_row(inputs, m, config.frozen, reference_tokens) for m in measurements]
-    return Case(inputs.name, N, V, D, inputs.softcap, describe(inputs), absent, rows)
+    return Case(inputs.name, N, V, D, inputs.softcap, describe(inputs), absent, rows, tuned)
+
+
+def by_reason(absent: dict[str, str]) -> dict[str, list[str]]:
+    """reason -> the methods it keeps away"""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in absent.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons
 
 
 def _check_fits(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -> None:

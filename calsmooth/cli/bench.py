@@ -17,17 +17,14 @@ def bench(config: BenchConfig, output: Output) -> None:
     from rich.text import Text
 
     from calsmooth.bench.report import describe_statistics, result_table
-    from calsmooth.bench.run import run
+    from calsmooth.bench.run import by_reason, run
 
     told: set[str] = set()
 
     def show(case: "Case") -> None:
-        reasons: dict[str, list[str]] = {}
-        for name, reason in case.absent.items():
-            if name not in told:
-                reasons.setdefault(reason, []).append(name)
+        news = {name: reason for name, reason in case.absent.items() if name not in told}
         told.update(case.absent)
-        for reason, names in reasons.items():
+        for reason, names in by_reason(news).items():
             console.say(Text(f"not measured: {', '.join(names)}: {reason}"))
         console.say(describe_statistics(case.statistics))
         console.say(result_table(case.rows))

@@ -177,3 +177,13 @@ def test_the_table_tells_what_failed():
 def test_a_models_text_must_exist():
     with pytest.raises(UsageError, match="no such file"):
         BenchConfig(model="m", text=Path("nowhere.txt"))
+
+
+def test_autotune_needs_the_gpu_kernels(tmp_path):
+    done = calsmooth(*FAST, "--vocab", "300", "--autotune", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .endswith("--autotune is for the GPU kernels, which can't run: the tensors aren't on a CUDA device")
+    )

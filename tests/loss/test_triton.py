@@ -4,7 +4,11 @@ No size is a multiple of a block, features fill more than one block, and a vocab
 same promises on a GPU, in bfloat16, are in tests/gpu.
 """
 
+import json
 import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +21,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET isn't 1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from calsmooth.loss import chunked, fused, linear_cross_entropy_reference, token_statistics
+from triton.runtime.errors import OutOfResources
+
+from calsmooth.loss import chunked, fused, linear_cross_entropy_reference, token_statistics, tuning
 from calsmooth.loss.functional import prepare
 from calsmooth.loss.kernels import configurations, exact, filtered, lean, tiles
+from calsmooth.loss.kernels.configurations import Configuration
 from calsmooth.loss.statistics import _fused as fused_statistics
 
 # Overflows to infinity are what the guards look for.
@@ -242,3 +249,41 @@ def test_the_schedule_fills_the_device_and_covers_every_block() -> None:
     assert configurations.schedule(2, 100, configuration, device) == (2, 2)
     assert configurations.schedule(5, 100, configuration, device) == (2, 2)  # groups of 2, 2 and 1
     assert configurations.schedule(1, 1, configuration, device) == (1, 1)
+
+
+def test_a_search_keeps_the_fastest_that_agrees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CALSMOOTH_KERNELS", str(tmp_path / "kernels.json"))
+    monkeypatch.setattr(fused, "why_not", lambda problem: None)
+    configurations.tuned.cache_clear()
+    E, C, y = make(40, 90, 20)
+    slow, fast, wrong, impossible = (
+        replace(configurations.TABLE["interpreter", True, False], block_v=size) for size in (16, 64, 128, 256)
+    )
+    cost = {slow: 9.0, fast: 2.0, wrong: 1.0, impossible: 0.0}
+    calls: list[Configuration] = []
+
+    def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
+        used = configurations.choose(E, C, storing=len(calls) > len(cost))
+        calls.append(used)
+        if used == impossible:
+            raise OutOfResources(300, 200, "shared memory")
+        loss = run()
+        return cost.get(used, 5.0), 2 * loss if used == wrong else loss
+
+    walking, storing = tuning.search(E, C, y, timed, [slow, fast, wrong, impossible], lambda: None)
+    assert (walking.storing, walking.configuration, walking.ms, walking.ms_before, walking.tried) == (
+        False, fast, 2.0, 5.0, 4,
+    )  # fmt: skip
+    assert storing.storing
+    assert storing.configuration == fast
+
+    # The file holds it, and whoever reads the file uses it.
+    (tmp_path / "kernels.json").write_text(json.dumps(tuning.file_content()))
+    configurations.tuned.cache_clear()
+    assert configurations.choose(E, C, storing=False) == fast
+    assert_equals_reference(E, C, y, label_smoothing=0.1)
+    (tmp_path / "kernels.json").write_text('[{"gpu": 1}]')
+    configurations.tuned.cache_clear()
+    with pytest.warns(UserWarning, match="--autotune"):
+        assert configurations.choose(E, C, storing=False) == configurations.TABLE["interpreter", True, False]
+    configurations.tuned.cache_clear()

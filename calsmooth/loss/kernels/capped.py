@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from calsmooth.loss.kernels.configurations import cdiv
 from calsmooth.loss.kernels.products import accumulate, product
 from calsmooth.loss.kernels.rows import finish_hidden, scale_rows, target_logits
 from calsmooth.loss.kernels.tiles import Operands, chunk_rows, padded_matrix
@@ -74,7 +75,7 @@ def losses_and_gradients(
         stored = G.view(torch.float16) if G.dtype == torch.bfloat16 else G
         walked = walk(o, y, z_target[chunk], stored=stored)
         losses[chunk], lse[chunk] = walked.losses, walked.logsumexp
-        gradient_in_place_kernel[(len(y), triton.cdiv(V, 4096))](
+        gradient_in_place_kernel[(len(y), cdiv(V, 4096))](
             stored,
             G,
             y,

@@ -1,12 +1,18 @@
 """Block sizes that are known to be good, by architecture and by how long the inner product is.
 
+`TABLE` holds them; what `calsmooth bench --autotune` found on a GPU (`tuning`) lies in a file and goes before it.
+
 A tile is BLOCK_N tokens by BLOCK_V vocabulary entries, multiplied BLOCK_D features at a time. Large tiles feed the
 matrix units best; with few features a tile's own arithmetic (exponentials, sums) weighs more, and two smaller tiles a
 multiprocessor hide one's arithmetic behind the other's product.
 """
 
-import math
+import functools
+import json
+import os
+import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,6 +56,7 @@ TABLE = {
 """Measured on an H100 for sm90, chosen by shared memory and registers for the others."""
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "interpreter"
@@ -59,15 +66,55 @@ def architecture(device: torch.device) -> str:
     return "sm80" if capability == (8, 0) else "sm86"
 
 
+Key = tuple[str, bool, bool]
+"""(the GPU's name, short inner product, whether the kernel stores its tiles)"""
+
+
+def tuned_file() -> Path:
+    """Where a search's results are kept: $CALSMOOTH_KERNELS, or kernels.json in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("CALSMOOTH_KERNELS") or Path(cache) / "calsmooth" / "kernels.json")
+
+
+@functools.cache
+def tuned() -> dict[Key, Configuration]:
+    """What was found by searches, read once. A file that can't be used is left aside with a warning: it only tunes."""
+    path = tuned_file()
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {(e["gpu"], e["short"], e["storing"]): Configuration(**e["configuration"]) for e in entries}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        warnings.warn(f"{path} isn't used: {error!r}; `calsmooth bench --autotune` writes it anew", stacklevel=2)
+        return {}
+
+
+def key(device: torch.device, D: int, storing: bool) -> Key:
+    return _name(device), D <= SHORT, storing
+
+
+@functools.cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def choose(hidden_states: Tensor, lm_head_weight: Tensor, storing: bool) -> Configuration:
-    """The table's entry; with pointers where the rows' alignment rules descriptors out."""
-    configuration = TABLE[architecture(hidden_states.device), hidden_states.shape[1] <= SHORT, storing]
+    """The entry for this GPU; with pointers where the rows' alignment rules descriptors out."""
+    device, D = hidden_states.device, hidden_states.shape[1]
+    configuration = tuned().get(key(device, D, storing)) or TABLE[architecture(device), D <= SHORT, storing]
     if configuration.descriptors and not (_describable(hidden_states) and _describable(lm_head_weight)):
         # Without the copy engine, loads take registers: half a tile.
         configuration = replace(configuration, block_v=configuration.block_v // 2, descriptors=False)
     return configuration
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (triton.cdiv is a hundred times slower on the host.)"""
+    return -(-a // b)
+
+
+@functools.lru_cache(maxsize=1024)
 def schedule(
     row_blocks: int, vocabulary_tiles: int, configuration: Configuration, device: torch.device
 ) -> tuple[int, int]:
@@ -78,18 +125,37 @@ def schedule(
     alone takes the memory's whole bandwidth, however many features there are. A part costs a few numbers per token;
     the smallest count within 2 % of the best use of the multiprocessors wins.
     """
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    sms = _multiprocessors(device)
     slots = sms * configuration.programs_per_sm
-    groups = math.ceil(row_blocks / max(1, sms // 2))
-    together = math.ceil(row_blocks / groups)
-
-    def use(parts: int) -> float:
-        steps = math.ceil(vocabulary_tiles / parts) * math.ceil(together * parts / slots)
-        return together * vocabulary_tiles / (slots * steps)
-
+    groups = cdiv(row_blocks, max(1, sms // 2))
+    together = cdiv(row_blocks, groups)
     candidates = range(1, min(vocabulary_tiles, max(1, 2 * slots // together), 64) + 1)
-    best = max(use(parts) for parts in candidates)
-    return together, next(parts for parts in candidates if use(parts) >= 0.98 * best)
+    uses = {parts: use(together, parts, vocabulary_tiles, slots) for parts in candidates}
+    best = max(uses.values())
+    return together, next(parts for parts in candidates if uses[parts] >= 0.98 * best)
+
+
+def use(together: int, parts: int, vocabulary_tiles: int, slots: int) -> float:
+    """Share of the device's time in which its multiprocessors have a tile to make."""
+    steps = cdiv(vocabulary_tiles, parts) * cdiv(together * parts, slots)
+    return together * vocabulary_tiles / (slots * steps)
+
+
+@functools.lru_cache(maxsize=1024)
+def strip_tiles(row_blocks: int, most: int, configuration: Configuration, device: torch.device) -> int:
+    """Tiles of the vocabulary in a strip, at most `most`: the count that leaves fewest multiprocessors idle."""
+    slots = _multiprocessors(device) * configuration.programs_per_sm
+
+    def strip_use(tiles: int) -> float:
+        return use(*schedule(row_blocks, tiles, configuration, device), tiles, slots)
+
+    return max(range(max(1, most * 3 // 4), most + 1), key=lambda tiles: (round(strip_use(tiles), 3), tiles))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """4 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _describable(x: Tensor) -> bool:

@@ -310,9 +310,9 @@ def _(E: Tensor, C: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     )
 
 
-@torch.library.custom_op("calsmooth::scale_", mutates_args=("X",))
-def scale_(X: Tensor, factor: Tensor) -> None:
-    scale_in_place(X, factor)
+@torch.library.custom_op("calsmooth::scale_", mutates_args=("X", "Y"))
+def scale_(X: Tensor, Y: Tensor, factor: Tensor) -> None:
+    scale_in_place(X, Y, factor)
 
 
 def _weights(targets: Tensor, mean: bool) -> Tensor:
@@ -347,9 +347,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
         )  # fmt: skip
     else:
         dE, dC = gradients
-        for needed, gradient in ((need_E, dE), (need_C, dC)):
-            if needed:
-                scale_(gradient, grad)
+        scale_(dE, dC, grad)
     return (dE if need_E else None, dC if need_C else None, *(None,) * 10)
 
 

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calsmooth.loss.kernels.configurations import Configuration
+from calsmooth.loss.kernels.configurations import Configuration, cdiv
 from calsmooth.loss.kernels.gradient import gradients
 from calsmooth.loss.kernels.lean import LEAN_BYTES
 from calsmooth.loss.kernels.rows import SumBeside, feature_block, row_sum, target_logits
@@ -48,9 +48,13 @@ MARGIN = tl.constexpr(2.0**-8)
 """Group maxima are stored as bfloat16, rounded to nearest; this much of their size keeps every group that counts."""
 
 
-def capacity(N: int, V: int, eps: float) -> int:
+CAPPED_FACTOR = 3
+"""A softcap brings a token's largest logits together: that many times as many of them count."""
+
+
+def capacity(N: int, V: int, eps: float, softcap: float | None) -> int:
     """Entries that the list has room for. A token can't have more than 1 / eps."""
-    typical = ENTRIES_PER_TOKEN * (2.0**-12 / eps) ** 0.6
+    typical = ENTRIES_PER_TOKEN * (2.0**-12 / eps) ** 0.6 * (1 if softcap is None else CAPPED_FACTOR)
     return N * min(math.ceil(min(typical, 1.0 / eps)), V)
 
 
@@ -259,7 +263,7 @@ def gather_rows(
     out = torch.empty(R, D, dtype=dtype, device=X.device)
     # One warp a program: the sum over entries stays within each thread.
     block, rows = feature_block(D, 256), 4 if R > 2**16 else 1
-    gather_rows_kernel[(triton.cdiv(R, rows), triton.cdiv(D, block))](
+    gather_rows_kernel[(cdiv(R, rows), cdiv(D, block))](
         X,
         starts,
         indices,
@@ -296,7 +300,7 @@ def list_entries(
     """
     E, C, bias = operands.E, operands.C, operands.bias
     N, V, device = len(E), len(C), E.device
-    groups, room = len(group_maxima), capacity(N, V, eps)
+    groups, room = len(group_maxima), capacity(N, V, eps, operands.semantics.softcap)
     kept = targets >= 0
 
     thresholds = torch.where(kept, logsumexp + math.log(eps), math.inf)
@@ -375,7 +379,7 @@ def gather_gradients(
     mean_weights = weights * k.mean_weight(V)
     tokens = torch.empty(len(keys), dtype=torch.int32, device=device)
     coefficients = torch.empty(len(keys), device=device)
-    coefficients_kernel[(triton.cdiv(len(keys), 1024),)](
+    coefficients_kernel[(cdiv(len(keys), 1024),)](
         keys,
         probabilities,
         targets,
@@ -419,7 +423,7 @@ def filtered_losses(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(N,) losses, (N,) kept mass, (N,) log-sum-exps, the six lists of `list_entries`, overflow, (D,) sum of C."""
     operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss), storing=False)
-    groups = triton.cdiv(len(C), group_size(operands.configuration))
+    groups = cdiv(len(C), group_size(operands.configuration))
     group_maxima = torch.empty(groups, len(E), dtype=torch.bfloat16, device=E.device)
     z_target = target_logits(operands, targets)
     head_sum = SumBeside(operands.C)
@@ -434,7 +438,8 @@ def filtered_losses(
 @filtered_losses.register_fake
 def _(E: Tensor, C: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     N, V = len(E), len(C)
-    size = capacity(N, V, rest[-1]) + N
+    _, _, _, softcap, *_, eps = rest
+    size = capacity(N, V, eps, softcap) + N
 
     def integers(n: int) -> Tensor:
         return E.new_empty(n, dtype=torch.int32)

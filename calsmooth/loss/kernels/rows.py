@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from calsmooth.loss.kernels.configurations import cdiv
 from calsmooth.loss.kernels.tiles import Operands, to_logits
 
 
+@functools.cache
 def feature_block(D: int, largest: int = 1024) -> int:
     return min(largest, triton.next_power_of_2(D))
 
@@ -107,10 +109,10 @@ def row_sum(X: Tensor, weights: Tensor | None = None) -> Tensor:
     """(D,) float32: sum_n weights_n X_n, with rows of weight 0 left out. (X.sum(0) takes a lot of scratch memory.)"""
     N, D = X.shape
     block_n, block = 16, feature_block(D, 256)
-    rows_each = triton.cdiv(triton.cdiv(N, 1024), block_n) * block_n
-    partial = torch.empty(triton.cdiv(N, rows_each), D, device=X.device)
+    rows_each = cdiv(cdiv(N, 1024), block_n) * block_n
+    partial = torch.empty(cdiv(N, rows_each), D, device=X.device)
     # One warp a program: the sum over rows stays within each thread.
-    row_sum_kernel[(len(partial), triton.cdiv(D, block))](
+    row_sum_kernel[(len(partial), cdiv(D, block))](
         X,
         X if weights is None else weights,
         partial,
@@ -206,7 +208,7 @@ def finish_hidden(
     """dE_i = row_scale_i product_i + target_scale_i C_{y_i} - mean_scale_i head_sum, 0 where ignored."""
     N, D = dE.shape
     block = feature_block(D)
-    finish_hidden_kernel[(N, triton.cdiv(D, block))](
+    finish_hidden_kernel[(N, cdiv(D, block))](
         product,
         C,
         targets,
@@ -241,7 +243,7 @@ def scale_rows(X: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = torch.empty(N, D, dtype=X.dtype, device=X.device)
     block = feature_block(D)
-    scale_rows_kernel[(N, triton.cdiv(D, block))](X, scales, out, D, X.stride(0), BLOCK_D=block, num_warps=4)
+    scale_rows_kernel[(N, cdiv(D, block))](X, scales, out, D, X.stride(0), BLOCK_D=block, num_warps=4)
     return out
 
 
@@ -288,21 +290,30 @@ def add_target_rows(dC: Tensor, E: Tensor, targets: Tensor, scales: Tensor) -> N
     V = len(dC)
     sorted_targets, order = torch.sort(torch.where(targets < 0, V, targets), stable=True)
     block = feature_block(D, 512)
-    add_target_rows_kernel[(N, triton.cdiv(D, block))](
+    add_target_rows_kernel[(N, cdiv(D, block))](
         sorted_targets, order, scales, E, dC, N, V, D, E.stride(0), BLOCK_N=8, BLOCK_D=block, num_warps=4
     )
 
 
 @triton.jit
-def scale_in_place_kernel(X, factor, size, BLOCK: tl.constexpr):
+def scale_in_place_kernel(X, Y, factor, x_size, y_size, BLOCK: tl.constexpr):
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
-        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(X + places, mask=places < size, other=0.0).to(tl.float32)
-        tl.store(X + places, (x * by).to(X.dtype.element_ty), mask=places < size)
+        x_programs = tl.cdiv(x_size, BLOCK)
+        program = tl.program_id(0)
+        offsets = tl.arange(0, BLOCK)
+        if program < x_programs:
+            places = program.to(tl.int64) * BLOCK + offsets
+            x = tl.load(X + places, mask=places < x_size, other=0.0).to(tl.float32)
+            tl.store(X + places, (x * by).to(X.dtype.element_ty), mask=places < x_size)
+        else:
+            places = (program - x_programs).to(tl.int64) * BLOCK + offsets
+            y = tl.load(Y + places, mask=places < y_size, other=0.0).to(tl.float32)
+            tl.store(Y + places, (y * by).to(Y.dtype.element_ty), mask=places < y_size)
 
 
-def scale_in_place(X: Tensor, factor: Tensor) -> None:
-    """X *= factor, a scalar that stays on the device; nothing is read or written when it is 1, as it mostly is."""
+def scale_in_place(X: Tensor, Y: Tensor, factor: Tensor) -> None:
+    """X *= factor and Y *= factor, which stays on the device; nothing is read or written when it is 1, as mostly."""
     block = 8192
-    scale_in_place_kernel[(triton.cdiv(X.numel(), block),)](X, factor, X.numel(), BLOCK=block, num_warps=8)
+    programs = cdiv(X.numel(), block) + cdiv(Y.numel(), block)
+    scale_in_place_kernel[(programs,)](X, Y, factor, X.numel(), Y.numel(), BLOCK=block, num_warps=8)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from calsmooth.loss.kernels.configurations import Configuration, choose, schedule
+from calsmooth.loss.kernels.configurations import Configuration, cdiv, choose, schedule
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -123,12 +123,12 @@ class Operands:
 
     @property
     def row_blocks(self) -> int:
-        return triton.cdiv(len(self.E), self.configuration.block_n)
+        return cdiv(len(self.E), self.configuration.block_n)
 
     def schedule(self, columns: int) -> "Schedule":
-        tiles = triton.cdiv(columns, self.configuration.block_v)
+        tiles = cdiv(columns, self.configuration.block_v)
         together, parts = schedule(self.row_blocks, tiles, self.configuration, self.E.device)
-        return Schedule(together, parts, programs=triton.cdiv(self.row_blocks, together) * together * parts)
+        return Schedule(together, parts, programs=cdiv(self.row_blocks, together) * together * parts)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that `product_tile` and `to_logits` need, by the names that all kernels give them."""
@@ -166,7 +166,7 @@ class Operands:
 
 def padded_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(rows, columns) whose rows start at multiples of 128 bytes."""
-    width = triton.cdiv(columns * dtype.itemsize, 128) * 128 // dtype.itemsize
+    width = cdiv(columns * dtype.itemsize, 128) * 128 // dtype.itemsize
     return torch.empty(rows, width, dtype=dtype, device=device)[:, :columns]
 
 
@@ -177,5 +177,5 @@ BUFFER_BYTES = 2**30
 def chunk_rows(N: int, row_bytes: int, block: int) -> int:
     """Tokens a chunk: as many as the buffer holds, chunks of about the same size, whole blocks."""
     most = max(BUFFER_BYTES // row_bytes // block, 1) * block
-    chunks = triton.cdiv(N, most)
-    return triton.cdiv(triton.cdiv(N, chunks), block) * block
+    chunks = cdiv(N, most)
+    return cdiv(cdiv(N, chunks), block) * block

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from calsmooth.loss.kernels.configurations import cdiv
 from calsmooth.loss.kernels.tiles import LOG2E, Operands, place, product_tile, to_logits
 
 GROUP = 64
@@ -266,7 +267,7 @@ def walk(
             torch.empty(N, device=device),
             torch.empty(N, device=device),
         )
-    combine_kernel[(triton.cdiv(N, 128),)](
+    combine_kernel[(cdiv(N, 128),)](
         maxima,
         sums,
         _or(z_sum, sums),
