@@ -4,7 +4,7 @@ import array
 import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -190,47 +190,42 @@ def encode(conversation: Conversation, template: str, tokenizer: "PreTrainedToke
     return _encode([_render(conversation, template, tokenizer)], tokenizer)[0]
 
 
-def encode_rows(rows: Sequence[Row | BadRow], reading: "Reading") -> list[Example | BadRow]:
-    """An example for each row, cut at max_length, or why there is none. See `Reading.conversation` for errors."""
-    results: list[Example | BadRow] = []
-    rendered: list[Rendered] = []
-    for row in rows:
-        found = reading.rendered(row)
-        results.append(found if isinstance(found, BadRow) else Example([], []))
-        if not isinstance(found, BadRow):
-            rendered.append(found)
-    encoded = iter(_encode(rendered, reading.tokenizer))
-    return [r if isinstance(r, BadRow) else next(encoded) for r in results]
-
-
-@dataclass
+@dataclass(frozen=True)
 class Reading:
-    """How rows become examples. The format of a file is told once, from its first good row."""
+    """How rows become examples. format: None where each file's first good row tells it."""
 
     tokenizer: "PreTrainedTokenizerBase"
     format: str | None
     template: str
     max_length: int
     on_bad_row: str
-    found: str | None = None
-    formats: dict[str, None] = field(default_factory=dict)  # all that were met, in order
 
-    def begin_part(self) -> None:
-        self.found = self.format
+    def rows(self, part: Part) -> Iterator["FormattedRow"]:
+        """The rows of a file with its format."""
+        format = self.format
+        for row in part.read():
+            if format is None and isinstance(row, Row):
+                try:
+                    format = detect_format(row)
+                except CalsmoothError as error:
+                    row = BadRow(str(error))
+            yield row, format
 
-    def rendered(self, row: Row | BadRow) -> Rendered | BadRow:
-        """The row's text, or why it has none.
+    def examples(self, rows: Sequence["FormattedRow"]) -> "list[Example | BadRow]":
+        """An example for each row, longer than max_length as it may be, or why there is none.
 
         Raises:
-            CalsmoothError: it has none and bad rows aren't to be skipped, or the set's columns fit no format.
+            CalsmoothError: a row is bad, and bad rows aren't to be skipped.
         """
+        rendered = [self._rendered(row, format) for row, format in rows]
+        encoded = iter(_encode([r for r in rendered if isinstance(r, Rendered)], self.tokenizer))
+        return [next(encoded) if isinstance(r, Rendered) else r for r in rendered]
+
+    def _rendered(self, row: Row | BadRow, format: str | None) -> Rendered | BadRow:
         try:
-            if isinstance(row, BadRow):
-                raise CalsmoothError(row.why)
-            if self.found is None:
-                self.found = detect_format(row)
-            self.formats[self.found] = None
-            return _render(to_conversation(row, self.found), self.template, self.tokenizer)
+            if isinstance(row, BadRow) or format is None:
+                raise CalsmoothError(row.why if isinstance(row, BadRow) else f"{row.where}: of no known format")
+            return _render(to_conversation(row, format), self.template, self.tokenizer)
         except UsageError:
             raise
         except CalsmoothError as error:
@@ -239,22 +234,34 @@ class Reading:
             return BadRow(str(error))
 
 
+FormattedRow = tuple[Row | BadRow, str | None]
+
+
+def cut(example: Example, max_length: int) -> Example:
+    """The example's beginning."""
+    if len(example.input_ids) <= max_length:
+        return example
+    return Example(example.input_ids[:max_length], example.labels[:max_length])
+
+
 def _tokenise(
     sources: Sequence[Source], parts: Sequence[tuple[int, Part]], reading: Reading, limit: int | None, seed: int
 ) -> ExampleSet:
     store, counts = _Store(), [0] * len(sources)
     rows, truncated, bad = 0, 0, 0
     bad_rows: list[str] = []
+    formats: dict[str, None] = {}  # in the order in which they are met
     with console.progress("tokenising", limit) as advance:
         for number, batch in _batches(parts, reading, limit, seed):
             rows += len(batch)
-            for found in encode_rows(batch, reading):
+            formats |= {format: None for _, format in batch if format}
+            for found in reading.examples(batch):
                 if isinstance(found, BadRow):
                     bad += 1
                     bad_rows += [found.why] if len(bad_rows) < BAD_ROWS_KEPT else []
                     continue
                 truncated += len(found.input_ids) > reading.max_length
-                found = _cut(found, reading.max_length)
+                found = cut(found, reading.max_length)
                 if found.target_tokens:
                     store.add(found)
                     counts[number] += 1
@@ -275,7 +282,7 @@ def _tokenise(
         bad,
         rows - bad - len(store),
         truncated,
-        ", ".join(reading.formats),
+        ", ".join(formats),
         reading.template,
         tuple(SourceCount(s.place, n, s.weight) for s, n in zip(sources, counts, strict=True)),
         tuple(bad_rows),
@@ -284,20 +291,14 @@ def _tokenise(
 
 def _batches(
     parts: Sequence[tuple[int, Part]], reading: Reading, limit: int | None, seed: int
-) -> Iterator[tuple[int, list[Row | BadRow]]]:
-    """(number of the source, rows that come one after another in one of its files)."""
+) -> Iterator[tuple[int, list[FormattedRow]]]:
+    """(number of the source, rows that come one after another in it)."""
+    rows = ((number, row) for number, part in parts for row in reading.rows(part))
     if limit is not None:
-        rows = [(position, row) for position, (_, part) in enumerate(parts) for row in part.read()]
-        chosen = [rows[i] for i in choose(len(rows), limit, seed)]
-        groups = itertools.groupby(chosen, key=lambda item: item[0])
-        read: Iterable[tuple[int, Iterator[Row | BadRow]]] = (
-            (parts[position][0], (row for _, row in group)) for position, group in groups
-        )
-    else:
-        read = ((number, part.read()) for number, part in parts)
-    for number, stream in read:
-        reading.begin_part()
-        while batch := list(itertools.islice(stream, ROWS_AT_ONCE)):
+        everything = list(rows)
+        rows = (everything[i] for i in choose(len(everything), limit, seed))
+    for number, group in itertools.groupby(rows, key=lambda item: item[0]):
+        while batch := [row for _, row in itertools.islice(group, ROWS_AT_ONCE)]:
             yield number, batch
 
 
@@ -338,12 +339,6 @@ def _inside(start: int, end: int, rendered: Rendered) -> bool:
     # it left out, a short response would never be learned.
     i = bisect.bisect_left(rendered.spans, end, key=lambda span: span[0]) - 1
     return i >= 0 and start < rendered.spans[i][1]
-
-
-def _cut(example: Example, max_length: int) -> Example:
-    if len(example.input_ids) <= max_length:
-        return example
-    return Example(example.input_ids[:max_length], example.labels[:max_length])
 
 
 class _Store:
