@@ -1,6 +1,5 @@
 """`calsmooth finetune`."""
 
-import shutil
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -13,15 +12,10 @@ from calsmooth.finetune.config import FinetuneConfig
 from calsmooth.models import BUILT_IN
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from calsmooth.finetune.plan import Plan
     from calsmooth.finetune.probe import ProbeResult
     from calsmooth.finetune.run import FinetuneResult
     from calsmooth.finetune.sweep import Grid
-
-CALIBRATION = "calibration.png"
-MEASURED = {"demo": "questions", "responses": "responses"}
 
 
 def _sweep(grid: "Grid", output: Output) -> None:
@@ -65,23 +59,39 @@ class Outcome:
 
 
 def _run(config: FinetuneConfig) -> Outcome:
-    """Fine-tune, then evaluate before and after."""
-    built_in = config.model == BUILT_IN and config.dataset == (BUILT_IN,)
+    """Evaluate, fine-tune, evaluate."""
+    from calsmooth.cli.before_after import (
+        PICTURE,
+        before_after_table,
+        measure_after,
+        measured_before,
+        move_into,
+        what_to_measure,
+    )
+
+    measuring = what_to_measure(config)
     model = "the built-in model" if config.model == BUILT_IN else config.model
     dataset = "the built-in data" if config.dataset == (BUILT_IN,) else " + ".join(config.dataset)
     console.say(f"Fine-tuning {model} on {dataset} with label smoothing beta = {config.beta:g}.")
+    from calsmooth.finetune.resume import find_run
     from calsmooth.finetune.run import run
 
-    result = run(config, _announce)
-    outcome = Outcome(result, {}, [_summary_line(result.summary)], [str(result.folder / "loss.png")])
-    if not built_in:
+    with measured_before(measuring, find_run(config) if config.resume else None) as before:
+
+        def on_start(plan: "Plan", probe: "ProbeResult", folder: Path) -> None:
+            move_into(before, folder)
+            _announce(plan, probe)
+
+        result = run(config, on_start)
+    outcome = Outcome(result, {}, [*_summary_lines(result.summary)], [str(result.folder / "loss.png")])
+    if measuring is None:
         return outcome
-    evaluations = _evaluate_before_and_after(result.folder, str(result.model))
+    evaluations = measure_after(measuring, result.folder, result.model)
     return replace(
         outcome,
         evaluation={name: e["tasks"] for name, e in evaluations.items()},
-        shown=[*outcome.shown, _before_after(evaluations)],
-        pictures=[*outcome.pictures, str(result.folder / CALIBRATION)],
+        shown=[*outcome.shown, before_after_table(evaluations)],
+        pictures=[*outcome.pictures, str(result.folder / PICTURE)],
     )
 
 
@@ -92,52 +102,20 @@ def _announce(plan: "Plan", probe: "ProbeResult") -> None:
     console.say(f"Checked: the fused loss and its gradients are those of the model's own logits, to {difference:.0e}.")
 
 
-def _summary_line(summary: dict[str, Any]) -> str:
+def _summary_lines(summary: dict[str, Any]) -> list[str]:
     memory = summary["peak_memory_bytes"]
-    return (
+    lines = [
         f"{summary['steps']} steps, {summary['tokens']:,} target tokens in {summary['seconds']:.0f} s"
         + (f", peak memory {memory / 1e9:.2f} GB" if memory else "")
         + f"; loss from {summary['first_loss']:.4f} to {summary['final_loss']:.4f} a token."
-    )
-
-
-def _evaluate_before_and_after(folder: Path, model: str) -> dict[str, dict[str, Any]]:
-    """results.json of the built-in model and of the new one, on questions and responses that no one trained on.
-
-    Done once, also where a finished run is looked at again. Draws both models' reliability side by side.
-    """
-    from calsmooth.demo import HELDOUT_FILE
-    from calsmooth.evaluate.config import EvaluateConfig
-    from calsmooth.evaluate.run import run
-    from calsmooth.files import read_json
-    from calsmooth.plots import plot_reliability, save_figure
-
-    models = {"before": BUILT_IN, "after": model}
-    if (folder / CALIBRATION).exists():
-        return {moment: read_json(folder / moment / "results.json") for moment in models}
-    found = {}
-    for moment, name in models.items():
-        shutil.rmtree(folder / moment, ignore_errors=True)  # from an evaluation that was interrupted
-        config = EvaluateConfig(model=name, task=tuple(MEASURED), dataset=str(HELDOUT_FILE), output=folder / moment)
-        found[moment] = run(config)
-    panels = [
-        replace(found[moment].panels[task], title=f"{words}, {moment}")
-        for task, words in MEASURED.items()
-        for moment in models
     ]
-    save_figure(plot_reliability(panels), folder / CALIBRATION)
-    return {moment: result.results for moment, result in found.items()}
-
-
-def _before_after(evaluations: dict[str, dict[str, Any]]) -> "Table":
-    from calsmooth.tables import metrics_table
-
-    rows = [
-        (f"{words}, {moment}", results["tasks"][task])
-        for task, words in MEASURED.items()
-        for moment, results in evaluations.items()
-    ]
-    return metrics_table(rows, first="held-out")
+    if "held_out" in summary:
+        was, now = (summary["held_out"][moment] for moment in ("before", "after"))
+        lines.append(
+            f"On held-out rows: NLL from {was['eval_nll']:.4f} to {now['eval_nll']:.4f}, "
+            f"ECE from {was['eval_ece']:.4f} to {now['eval_ece']:.4f}."
+        )
+    return lines
 
 
 def _show_plan(config: FinetuneConfig, output: Output) -> None:

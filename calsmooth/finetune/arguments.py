@@ -1,39 +1,66 @@
 """A plan in the words of transformers: TrainingArguments."""
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from calsmooth.errors import UsageError
+from calsmooth.finetune.config import FinetuneConfig
 from calsmooth.finetune.plan import Plan
 from calsmooth.models import pick_dtype
 
+# transformers' names; "adamw" is fused where torch has it fused.
+OPTIMIZERS = {
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "lion": "lion_32bit",
+    "lion_8bit": "lion_8bit",
+    "paged_lion_8bit": "paged_lion_8bit",
+}
+FROM_BITSANDBYTES = {"adamw_8bit", "paged_adamw_8bit", "lion", "lion_8bit", "paged_lion_8bit"}
 
-def training_arguments(plan: Plan, folder: Path, device: torch.device) -> TrainingArguments:
+
+def training_arguments(plan: Plan, folder: Path, device: torch.device, *, resumed: bool) -> TrainingArguments:
+    """What the Trainer is told. resumed: a checkpoint will be gone on from."""
     config = plan.config
-    bf16 = pick_dtype(config.dtype, device) == torch.bfloat16
+    schedule, schedule_options = _schedule(config, plan.steps)
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.accumulation,
-        num_train_epochs=float(config.epochs or 1),
+        max_steps=plan.steps,
         learning_rate=float(config.lr or 0.0),
-        lr_scheduler_type=config.scheduler,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=schedule_options,
         warmup_steps=round(config.warmup * plan.steps),
+        optim=_optimizer(config.optimizer, device),
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
-        bf16=bf16,
+        bf16=pick_dtype(config.dtype, device) == torch.bfloat16,
         use_cpu=device.type == "cpu",
         seed=config.seed,
         data_seed=config.seed,
         logging_strategy="steps",
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
+        eval_strategy="steps" if config.eval_every else "no",
+        eval_steps=config.eval_every,
+        eval_on_start=bool(config.eval_every) and not resumed,
         save_strategy="steps",
         save_steps=int(config.save_every or 0),
         save_total_limit=None,
-        report_to="none",
+        # TensorBoard's files go into the run's folder, so that its callback is added by hand.
+        report_to=[name for name in config.report_to if name != "tensorboard"],
+        run_name=folder.name,
+        project="calsmooth",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
@@ -43,3 +70,35 @@ def training_arguments(plan: Plan, folder: Path, device: torch.device) -> Traini
         # (DataParallel), which doesn't go with a model patched in place; one GPU was asked for.
         arguments._n_gpu = 1
     return arguments
+
+
+def check_installed(config: FinetuneConfig) -> None:
+    """Are the packages there that the options ask for?
+
+    Raises:
+        UsageError: one isn't; the message says how to install it.
+    """
+    needed = [("--report-to", name, name) for name in config.report_to]
+    if config.optimizer in FROM_BITSANDBYTES:
+        needed.append(("--optimizer", config.optimizer, "bitsandbytes"))
+    if config.lora_rank is not None:
+        needed.append(("--lora-rank", str(config.lora_rank), "peft"))
+    for flag, value, package in needed:
+        if importlib.util.find_spec(package) is None:
+            install = "'calsmooth[lora]'" if package == "peft" else package
+            raise UsageError(f"{flag} {value}: {package} isn't installed; pip install {install}")
+
+
+def _optimizer(name: str, device: torch.device) -> str:
+    if name == "adamw":
+        return "adamw_torch_fused" if device.type == "cuda" else "adamw_torch"
+    return OPTIMIZERS[name]
+
+
+def _schedule(config: FinetuneConfig, steps: int) -> tuple[str, dict[str, Any]]:
+    """transformers' name and options of the schedule."""
+    if config.scheduler == "cosine" and config.min_lr:
+        return "cosine_with_min_lr", {"min_lr_rate": config.min_lr}
+    if config.scheduler == "warmup_stable_decay":
+        return config.scheduler, {"num_decay_steps": round(config.decay * steps), "min_lr_ratio": config.min_lr}
+    return config.scheduler, {}

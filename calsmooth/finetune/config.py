@@ -84,6 +84,14 @@ class FinetuneConfig(Settings):
         "Put several examples into a row instead of padding; they don't see each other, and a step has the same ones.",
         panel=DATA,
     )
+    streaming: bool = setting(
+        False,
+        "Read rows while training, for data that doesn't fit: never to its end, so that --max-steps says how long.",
+        panel=DATA,
+    )
+    shuffle_buffer: int = setting(
+        10_000, "With --streaming: rows among which the next one is drawn.", minimum=1, panel=DATA
+    )
     cache: bool = setting(True, "Keep tokenised data for the next run, under ~/.cache/calsmooth.", panel=DATA)
 
     lr: float | None = setting(

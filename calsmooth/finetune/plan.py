@@ -1,17 +1,28 @@
 """What a configuration comes to on its data: examples, steps and the sizes of batches, before a model is loaded."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from calsmooth.data import ExampleSet, load_example_set
+import numpy as np
+
+from calsmooth.data import IGNORED, Example, ExampleSet, load_example_set
+from calsmooth.data.stream import ExampleStream
 from calsmooth.errors import UsageError
 from calsmooth.finetune.config import FinetuneConfig
-from calsmooth.finetune.fit import micro_batch_candidates
+from calsmooth.finetune.evaluation import choose_held_out
+from calsmooth.finetune.fit import micro_batch_candidates, packed_tokens
+from calsmooth.finetune.order import EpochOrder
+from calsmooth.finetune.stream import StepStream
 from calsmooth.models import load_tokenizer, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SAMPLE = 256
+"""Examples of a stream that are looked at before training, at most."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +33,39 @@ class Plan:
     examples: ExampleSet
     micro_batches: list[int]  # sizes that may be tried, largest first
     steps: int
+    held_out: Sequence[int] = ()  # indices of examples that aren't trained on
+    evaluation: Sequence[Example] = ()  # what is measured during training
+    step_tokens: int | None = None  # of the step that has the most, where examples are packed
+    endless: ExampleStream | None = None  # what is trained on with --streaming, of which `examples` is the beginning
 
-    @property
+    @cached_property
+    def order(self) -> EpochOrder:
+        """In which the examples are trained on."""
+        return epoch_order(self.config, self.examples, self.held_out, self.micro_batch)
+
+    @cached_property
+    def stream(self) -> StepStream | None:
+        """What is trained on with --streaming."""
+        if self.endless is None:
+            return None
+        return StepStream(
+            self.endless, int(self.config.batch_size or 1), self.micro_batch if self.config.packing else None
+        )
+
+    @cached_property
     def target_tokens(self) -> int:
-        return self.examples.examples.target_tokens
+        """That are trained on in the first epoch; of a stream, those in its beginning."""
+        return int(self.examples.examples.targets[list(self.order)].sum())
+
+    def rows_read(self, steps: int = 0) -> dict[str, int]:
+        """Rows and what became of them: of all the data, or of a stream until after so many steps."""
+        read = self.stream.position(steps) if self.stream and steps else self.examples
+        return {
+            "rows": read.rows,
+            "rows_bad": read.bad,
+            "rows_dropped": read.dropped,
+            "rows_truncated": read.truncated,
+        }
 
     @property
     def micro_batch(self) -> int:
@@ -39,6 +79,19 @@ class Plan:
         config = dataclasses.replace(self.config, micro_batch_size=size)
         return dataclasses.replace(self, config=config, micro_batches=[size])
 
+    def heaviest(self, size: int) -> list[Example]:
+        """A micro-batch of `size` examples that needs at least as much memory as any in the run."""
+        examples = self.examples.examples
+        if self.endless is not None:  # anything may come
+            length, first = int(self.config.max_length or 1), examples[0]
+            ids = (first.input_ids * -(-length // len(first.input_ids)))[:length]
+            return [Example(ids, [IGNORED, *ids[1:]])] * size
+        longest = np.argsort(-examples.lengths, kind="stable")[:size]
+        if self.step_tokens is not None:
+            most = packed_tokens(self.step_tokens, size, int(self.config.batch_size or 1), int(examples.lengths.max()))
+            longest = longest[np.cumsum(examples.lengths[longest]) <= most]
+        return [examples[int(i)] for i in longest]
+
 
 def prepare(config: FinetuneConfig) -> "tuple[Plan, PreTrainedTokenizerBase]":
     """Read the data and work out steps and batch sizes; no model is loaded.
@@ -46,6 +99,7 @@ def prepare(config: FinetuneConfig) -> "tuple[Plan, PreTrainedTokenizerBase]":
     Raises:
         UsageError, CalsmoothError: the data, the tokenizer or the batch sizes can't be as asked.
     """
+    _check_streaming(config)
     config = config.resolve()
     device = pick_device(config.device)
     if config.micro_batch_size and int(config.batch_size or 0) % config.micro_batch_size:
@@ -54,28 +108,92 @@ def prepare(config: FinetuneConfig) -> "tuple[Plan, PreTrainedTokenizerBase]":
         )
     batch_size, epochs, max_length = int(config.batch_size or 0), int(config.epochs or 0), int(config.max_length or 0)
     tokenizer = load_tokenizer(config.model, config.revision)
-    examples = load_example_set(
-        config.dataset,
-        tokenizer,
-        format=config.format,
-        template=config.template,
-        max_length=max_length,
-        limit=config.limit,
-        seed=config.seed,
-        split=config.split,
-        revision=config.dataset_revision,
-        on_bad_row=config.on_bad_row,
-        cache=config.cache,
-    )
-    steps = epochs * -(-len(examples.examples) // batch_size)
+    reading: dict[str, Any] = {
+        "format": config.format,
+        "template": config.template,
+        "max_length": max_length,
+        "seed": config.seed,
+        "split": config.split,
+        "revision": config.dataset_revision,
+        "on_bad_row": config.on_bad_row,
+    }
+    if config.streaming:
+        endless = ExampleStream(config.dataset, tokenizer, buffer=config.shuffle_buffer, **reading)
+        examples = endless.beginning(min(batch_size, SAMPLE))
+    else:
+        endless = None
+        examples = load_example_set(config.dataset, tokenizer, limit=config.limit, cache=config.cache, **reading)
+    held_out, evaluation = _held_out(config, examples, tokenizer)
+    order = epoch_order(config, examples, held_out)
+    steps = epochs * -(-len(order) // batch_size)
+    steps = int(config.max_steps or 0) if config.streaming else min(steps, config.max_steps or steps)
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     config = dataclasses.replace(config, dtype=dtype, save_every=config.save_every or -(-steps // 10))
-    longest = int(examples.examples.lengths.max())
+    longest = max_length if endless else int(examples.examples.lengths.max())
+    step_tokens = None
+    if config.packing and not endless:
+        step_tokens = order.most_tokens(-(-steps * batch_size // len(order)))
     sizes = (
         [config.micro_batch_size]
         if config.micro_batch_size
-        else micro_batch_candidates(batch_size, longest, device.type)
+        else micro_batch_candidates(batch_size, longest, device.type, step_tokens)
     )
-    plan = Plan(config, examples, sizes, steps)
+    plan = Plan(config, examples, sizes, steps, held_out, evaluation, step_tokens, endless)
     # Only a GPU says so when a size doesn't fit; elsewhere the first is taken.
     return plan if device.type == "cuda" else plan.with_micro_batch(sizes[0]), tokenizer
+
+
+def _check_streaming(config: FinetuneConfig) -> None:
+    """Raises:
+    UsageError: the configuration asks for something of a stream that only data with an end has.
+    """
+    if not config.streaming:
+        return
+    if config.max_steps is None:
+        raise UsageError("--streaming: a stream has no end; say with --max-steps how many steps to train")
+    for flag, value, instead in (
+        ("--epochs", config.epochs, "--max-steps says how long to train"),
+        ("--limit", config.limit, "--max-steps times --batch-size examples are read"),
+    ):
+        if value is not None:
+            raise UsageError(f"{flag} {value}: goes with data that has an end, not with --streaming; {instead}")
+    if config.eval_every and config.eval_dataset is None:
+        raise UsageError("--eval-every: nothing can be held out of a stream; give --eval-dataset")
+
+
+def epoch_order(
+    config: FinetuneConfig, examples: ExampleSet, held_out: Sequence[int], micro_batch: int = 1
+) -> EpochOrder:
+    return EpochOrder(
+        examples.examples.lengths,
+        int(config.batch_size or 1),
+        config.seed,
+        sources=examples.sources,
+        held_out=held_out,
+        packed=micro_batch if config.packing else None,
+    )
+
+
+def _held_out(
+    config: FinetuneConfig, examples: ExampleSet, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[int], list[Example]]:
+    """Indices of the training examples to leave out, and the examples to measure: --eval-dataset's, or those."""
+    if not config.eval_every:
+        return [], []
+    if config.eval_dataset is not None:
+        found = load_example_set(
+            config.eval_dataset,
+            tokenizer,
+            format=config.format,
+            template=config.template,
+            max_length=int(config.max_length or 0),
+            limit=config.eval_rows,
+            seed=config.seed,
+            on_bad_row=config.on_bad_row,
+            cache=config.cache,
+        )
+        return [], list(found.examples)
+    if len(examples.examples) < 2:
+        raise UsageError("--eval-every: one example can't be trained on and held out; give more data or --eval-dataset")
+    held_out = choose_held_out(len(examples.examples), config.eval_rows, config.seed)
+    return held_out, [examples.examples[i] for i in held_out]

@@ -1,5 +1,6 @@
 """What a run leaves for people: the loss curve and the model card."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ class LossCurve:
 
 
 def prepare_loss_curve(metrics: list[dict[str, Any]]) -> LossCurve:
-    """From the lines of metrics.jsonl."""
+    """From the lines of metrics.jsonl; those of evaluations are left out."""
+    metrics = [m for m in metrics if "loss" in m]
     loss = [m["loss"] for m in metrics]
     window = max(1, round(len(loss) * SMOOTHING_WINDOW))
     smooth = [sum(loss[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(loss))]
@@ -45,8 +47,16 @@ def plot_loss_curve(curve: LossCurve, title: str) -> "Figure":
     return figure
 
 
-def model_card(settings: dict[str, Any], summary: dict[str, Any], versions: dict[str, str]) -> str:
-    """README.md in the hub's layout: front matter for its index, then what was done and how to do it again."""
+def model_card(
+    settings: dict[str, Any],
+    summary: dict[str, Any],
+    versions: dict[str, str],
+    evaluations: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+) -> str:
+    """README.md in the hub's layout: front matter for its index, then what was done and how to do it again.
+
+    evaluations: moment (before, after) -> task -> its metrics.
+    """
     front = ["---", "library_name: transformers", "tags:", "- calsmooth", "- label-smoothing", "- sft"]
     if "/" in settings["model"] and not settings["model"].startswith((".", "/")):
         front.append(f"base_model: {settings['model']}")
@@ -69,7 +79,7 @@ beta = {settings["beta"]:g}.
 | target tokens seen | {summary["tokens"]:,} |
 | loss, mean of the last tenth of the run | {summary["final_loss"]:.4f} |
 | training time | {summary["seconds"]:.0f} s on {summary["device"]} |
-
+{_held_out_rows(summary)}{_evaluation_section(evaluations or {})}
 The loss is the smoothed one, which a perfect model doesn't bring to 0. How confident this model is and how often it
 is right can be measured with `calsmooth evaluate --model FOLDER`.
 
@@ -86,3 +96,33 @@ Made with {used}.
 
 def _cell(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _held_out_rows(summary: dict[str, Any]) -> str:
+    if "held_out" not in summary:
+        return ""
+    was, now = (summary["held_out"][moment] for moment in ("before", "after"))
+    labels = {
+        "eval_nll": "NLL",
+        "eval_ece": "ECE",
+        "eval_accuracy": "accuracy",
+        "eval_logit_distance": "logit distance",
+    }
+    return "".join(
+        f"| next-token {label} on held-out rows, before and after | {was[key]:.4f}, {now[key]:.4f} |\n"
+        for key, label in labels.items()
+    )
+
+
+def _evaluation_section(evaluations: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The tasks' table of before and after."""
+    if not evaluations:
+        return ""
+    tasks = list(next(iter(evaluations.values())))
+    lines = [
+        f"| {task}, {moment} | {m['n']:,} | {m['accuracy']:.3f} | {m['ece']:.3f} | {m['rms_ce']:.3f} | {m['nll']:.3f} |"
+        for task in tasks
+        for moment, m in ((moment, measured[task]) for moment, measured in evaluations.items())
+    ]
+    header = "| task | n | accuracy | ECE | RMS | NLL |\n|---|---|---|---|---|---|"
+    return "\n## Evaluation\n\n" + "\n".join([header, *lines]) + "\n"

@@ -1,12 +1,22 @@
 """What a finished run leaves in its folder: the model, its card, the loss curve and the summary."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
+from calsmooth.config import load
 from calsmooth.environment import versions
-from calsmooth.files import read_jsonl, whole_folder, write_json, write_text
+from calsmooth.errors import CalsmoothError
+from calsmooth.files import read_json, read_jsonl, whole_folder, write_json, write_text
+from calsmooth.finetune.checkpoints import brief
+from calsmooth.finetune.config import FinetuneConfig
+from calsmooth.finetune.logits import fold_temperature
+from calsmooth.finetune.lora import merged
 from calsmooth.finetune.plan import Plan
+from calsmooth.finetune.recording import METRICS
 from calsmooth.finetune.report import model_card, plot_loss_curve, prepare_loss_curve
 from calsmooth.finetune.resume import COMPLETED
 from calsmooth.models import model_label
@@ -17,19 +27,55 @@ if TYPE_CHECKING:
 
 
 def write_results(
-    plan: Plan, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, summary: dict[str, Any]
+    plan: Plan,
+    model: "PreTrainedModel",
+    trained: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    summary: dict[str, Any],
 ) -> None:
+    """trained: the model, or adapters around it.
+
+    Raises:
+        CalsmoothError: the disk takes no more; checkpoints are whole.
+    """
     config = plan.config
     card = model_card(config.to_dict(), summary, versions())
-    metrics = [values for _, values in read_jsonl(folder / "metrics.jsonl")]
+    metrics = [values for _, values in read_jsonl(folder / METRICS)]
     title = f"{model_label(config.model)} on {config.dataset_label()}, beta = {config.beta:g}"
     save_figure(plot_loss_curve(prepare_loss_curve(metrics), title), folder / "loss.png")
     write_text(folder / "README.md", card)
     write_json(folder / "summary.json", summary)
-    with whole_folder(folder / "model") as target:
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-        write_text(target / "README.md", card)
+    try:
+        if config.lora_merge:
+            _save(trained, tokenizer, card, folder / "adapter")
+            trained = merged(trained)
+        if config.logit_temperature != 1.0:
+            fold_temperature(model, config.logit_temperature)
+        _save(trained, tokenizer, card, folder / "model")
+    except (OSError, SafetensorError) as error:
+        raise CalsmoothError(
+            f"{folder / 'model'} can't be written ({brief(error)}); the checkpoints are whole: make room and go on "
+            "with --resume"
+        ) from error
     write_text(folder / COMPLETED, "")
     if config.keep_last == 0:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def write_cards(folder: Path, evaluations: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Write a finished run's model cards anew, with what was measured: moment -> task -> metrics."""
+    config = load(FinetuneConfig, {}, folder / "config.yaml")
+    environment = read_json(folder / "environment.json")
+    summary = read_json(folder / "summary.json")
+    card = model_card(config.to_dict(), summary, environment["versions"], evaluations)
+    for place in (folder, folder / "model", folder / "adapter"):
+        if place.is_dir():
+            write_text(place / "README.md", card)
+
+
+def _save(model: Any, tokenizer: "PreTrainedTokenizerBase", card: str, folder: Path) -> None:
+    with whole_folder(folder) as target:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        write_text(target / "README.md", card)

@@ -4,15 +4,23 @@ import dataclasses
 import json
 import re
 import shutil
+import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from calsmooth.config import load
 from calsmooth.errors import UsageError
-from calsmooth.files import write_text
+from calsmooth.files import read_json, write_json, write_text
 from calsmooth.finetune.config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from calsmooth.finetune.plan import Plan
 
 COMPLETED = "COMPLETED"
 """Written last of all: a folder without it is an interrupted run's."""
+
+DATA = "data.json"
+"""What the run's data came to, so that it isn't gone on with on other data."""
 
 # Where a run lies and how it is watched may differ when it is resumed; what it computes may not.
 FREE_ON_RESUME = {"cache", "output", "resume", "dry_run", "keep_last", "log_every", "save_every"}
@@ -53,6 +61,33 @@ def as_started(config: FinetuneConfig, folder: Path) -> FinetuneConfig:
                 f"--config {folder / 'config.yaml'}, or leave --resume out to start a new run"
             )
     return dataclasses.replace(old, **changes)
+
+
+def write_data_summary(plan: "Plan", folder: Path) -> None:
+    write_json(folder / DATA, data_summary(plan))
+
+
+def check_same_data(plan: "Plan", folder: Path) -> None:
+    """A run goes on with the examples that it began with.
+
+    Raises:
+        UsageError: the data has changed since.
+    """
+    if not (folder / DATA).exists():
+        return
+    was, now = read_json(folder / DATA), data_summary(plan)
+    if was != now:
+        raise UsageError(
+            f"--resume: the data isn't what the run in {folder} began with ({was['examples']:,} examples of "
+            f"{was['tokens']:,} tokens then, {now['examples']:,} of {now['tokens']:,} now, checksum {was['checksum']} "
+            f"then, {now['checksum']} now); bring the old data back, or leave --resume out to start a new run"
+        )
+
+
+def data_summary(plan: "Plan") -> dict[str, Any]:
+    examples = plan.examples.examples
+    checksum = zlib.crc32(examples.learned.data, zlib.crc32(examples.tokens.data))
+    return {"examples": len(examples), "tokens": len(examples.tokens), "checksum": f"{checksum:08x}"}
 
 
 def remove_half_written(folder: Path) -> None:

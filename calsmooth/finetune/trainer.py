@@ -5,9 +5,9 @@ is left to it. Changed is what it can't know: the loss is a sum over target toke
 whole accumulated batch, and a checkpoint appears under its name only when every file of it is written.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from calsmooth.data import Example
 from calsmooth.errors import CalsmoothError
-from calsmooth.finetune.batches import Collator
-from calsmooth.finetune.checkpoints import PREFIX, brief, remove_checkpoints
+from calsmooth.finetune.batches import Collate
+from calsmooth.finetune.checkpoints import PREFIX, brief, checkpoints, publish, readable, remove_checkpoints
+from calsmooth.finetune.evaluation import measure
 from calsmooth.finetune.meter import Meter
 from calsmooth.finetune.order import EpochOrder
+from calsmooth.finetune.stopping import StopRequest
+from calsmooth.finetune.stream import StepStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,21 +38,30 @@ class SFTTrainer(Trainer):
         self,
         model: "PreTrainedModel",
         arguments: TrainingArguments,
-        examples: Sequence[Example],
+        examples: Sequence[Example] | StepStream,
         tokenizer: "PreTrainedTokenizerBase",
         *,
-        batch_size: int,
+        order: EpochOrder | StepStream,
+        collate: Collate,
         loss_reduction: str,
         keep_last: int,
         record: Callable[[dict[str, Any]], None],
+        stop: StopRequest,
+        evaluation: Sequence[Example] = (),
+        filtered: bool = False,
+        max_loss: float | None = None,
     ) -> None:
-        """batch_size: examples of a step. record: called with the values of each line of metrics.jsonl."""
-        self.order = EpochOrder([len(e.input_ids) for e in examples], batch_size, arguments.seed)
+        """order: in which the examples come; a stream is its own. collate: makes a batch of them. record: called with the values of each
+        line of metrics.jsonl. evaluation: the examples that are measured. filtered: the loss tells the mass that its
+        gradients keep. max_loss: see `calsmooth.finetune.meter.Meter`.
+        """
+        self.order, self.collate, self.evaluation = order, collate, evaluation
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=examples,  # any indexable with a length will do
-            data_collator=Collator(int(tokenizer.pad_token_id)),
+            eval_dataset=evaluation or None,
+            data_collator=collate,
             processing_class=tokenizer,
         )
         self.remove_callback(PrinterCallback)
@@ -58,15 +70,20 @@ class SFTTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_reduction = loss_reduction
         self.keep_last = keep_last
-        self.meter = Meter(record, self.order)
+        self.record, self.filtered = record, filtered
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        self.meter = Meter(self.order, stop, vocabulary=vocabulary, max_loss=max_loss)
         self.add_callback(self.meter)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(resume_from_checkpoint, str):
-            self.meter.load(Path(resume_from_checkpoint))
+            with readable(Path(resume_from_checkpoint)):
+                self.meter.load(Path(resume_from_checkpoint))
+                if isinstance(self.order, StepStream):
+                    self.order.load(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.order
 
     def compute_loss(
@@ -80,10 +97,47 @@ class SFTTrainer(Trainer):
         loss = outputs["loss"]
         if num_items_in_batch is None:
             raise CalsmoothError("this version of transformers doesn't count the targets of a batch; use 5.17 or newer")
-        self.meter.count(num_items_in_batch, loss.detach())
+        self.meter.count(num_items_in_batch, loss.detach(), outputs.get("kept_mass"), inputs)
         if self.loss_reduction == "mean":
-            loss = loss / max(int(num_items_in_batch), 1)
+            # A tensor stays one: its number would have to be waited for.
+            loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A line of metrics.jsonl, under the same names for every --report-to."""
+        if "loss" in logs:
+            logs = self.meter.line(self.state, logs, self.args.device)
+        if "loss" in logs or "eval_nll" in logs:
+            self.record({"step": self.state.global_step, "epoch": round(float(self.state.epoch or 0.0), 6), **logs})
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out NLL and calibration (`calsmooth.finetune.evaluation.measure`), on the model as it is wrapped."""
+        with self.compute_loss_context_manager():
+            values = measure(
+                self.model_wrapped,
+                self.evaluation,
+                self.collate,
+                self.args.per_device_train_batch_size,
+                self.args.device,
+                self.filtered,
+            )
+        self.log(values)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, values)
+        self.meter.paused()
+        return values
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with readable(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(Path(checkpoint)) if checkpoint else nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(Path(checkpoint)) if checkpoint else nullcontext():
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir))
@@ -93,14 +147,20 @@ class SFTTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             self.meter.save(staging / name)
-            shutil.rmtree(folder / name, ignore_errors=True)
-            os.replace(staging / name, folder / name)
+            if isinstance(self.order, StepStream):
+                self.order.save(staging / name, self.state.global_step)
+            publish(staging / name, folder / name)
             remove_checkpoints(folder, keep=max(self.keep_last, 1))
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CalsmoothError(
                 f"checkpoint of step {self.state.global_step} could not be written to {folder} ({brief(error)}); "
-                "earlier checkpoints are whole: make room and go on with --resume"
+                f"{_earlier(folder)}; make room and go on with --resume"
             ) from error
         finally:
             self.args.output_dir = str(folder)
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _earlier(folder: Path) -> str:
+    whole = checkpoints(folder)
+    return f"{whole[-1].name} is whole" if whole else "there is no earlier one"

@@ -48,7 +48,7 @@ def test_a_run_leaves_all_its_files(model_folder: Path, dataset: Path, tmp_path:
     result = run(config(model_folder, dataset, tmp_path / "run"))
     names = {p.name for p in result.folder.iterdir()}
     assert names == {
-        "COMPLETED", "README.md", "checkpoints", "config.yaml", "environment.json", "loss.png",
+        "COMPLETED", "README.md", "checkpoints", "config.yaml", "data.json", "environment.json", "loss.png",
         "metrics.jsonl", "model", "summary.json",
     }  # fmt: skip
     lines = metrics(result.folder)
@@ -146,7 +146,8 @@ def test_a_killed_run_resumes_to_the_same_bits(model_folder: Path, dataset: Path
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "killed"), strict=True):
-        a.pop("tokens_per_second"), b.pop("tokens_per_second")
+        for timing in ("tokens_per_second", "peak_memory_bytes"):
+            a.pop(timing), b.pop(timing)
         assert a == b
 
 
@@ -292,7 +293,8 @@ def test_metrics_lines_do_not_depend_on_where_a_run_was_resumed(
     resumed = run(config(model_folder, dataset, tmp_path / "broken", resume=True, **settings))
     assert resumed.summary["resumed_at_step"] == 6
     for a, b in zip(metrics(whole.folder), metrics(resumed.folder), strict=True):
-        a.pop("tokens_per_second"), b.pop("tokens_per_second")
+        for timing in ("tokens_per_second", "peak_memory_bytes"):
+            a.pop(timing), b.pop(timing)
         assert a == b
     assert metrics(whole.folder)[-1]["step"] == 10, "the last step is always logged"
 

@@ -1,0 +1,142 @@
+"""What `calsmooth finetune` measures before and after: tasks of `calsmooth evaluate`, on the old model and the new.
+
+A run's folder gets before/ and after/, what `calsmooth evaluate` writes for each, calibration.png with both side by
+side, and both in the model card.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from calsmooth import console
+from calsmooth.errors import UsageError
+from calsmooth.evaluate.config import EvaluateConfig
+from calsmooth.finetune.config import FinetuneConfig
+from calsmooth.models import BUILT_IN
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from calsmooth.plots import Reliability
+
+PICTURE = "calibration.png"
+BEFORE, AFTER = "before", "after"
+RESULTS = "results.json"
+
+WORDS = {"demo": "questions"}
+"""How the built-in task is called where it is measured without being asked for."""
+
+Evaluations = Mapping[str, dict[str, Any]]
+"""Moment (before, after) -> the content of results.json."""
+
+
+def what_to_measure(config: FinetuneConfig) -> EvaluateConfig | None:
+    """The evaluation of the model before: what --eval-task names, or the built-in model's own; None for nothing.
+
+    Raises:
+        UsageError: a task doesn't exist, or its options don't fit.
+    """
+    if not config.eval_task:
+        if config.model != BUILT_IN or config.dataset != (BUILT_IN,):
+            return None
+        from calsmooth.demo import HELDOUT_FILE
+
+        return EvaluateConfig(task=("demo", "responses"), dataset=str(HELDOUT_FILE), device=config.device)
+    try:
+        return EvaluateConfig(
+            model=config.model,
+            revision=config.revision,
+            task=config.eval_task,
+            data_dir=config.eval_data_dir,
+            dataset=config.eval_dataset,
+            limit=config.eval_limit,
+            dtype=config.dtype,
+            device=config.device,
+        )
+    except UsageError as error:
+        raise UsageError(str(error).replace("--task", "--eval-task").replace("--limit", "--eval-limit")) from None
+
+
+@contextmanager
+def measured_before(measuring: EvaluateConfig | None, run_folder: Path | None) -> Iterator[Path | None]:
+    """A folder with the old model's results, to be moved into the run's; None where there is nothing to move.
+
+    Done before anything else, so that missing questions show before hours of training. run_folder: of the run that is
+    gone on with, if any.
+    """
+    if measuring is None or (run_folder is not None and (run_folder / BEFORE / RESULTS).exists()):
+        yield None
+        return
+    with TemporaryDirectory(prefix="calsmooth-") as scratch:
+        yield _evaluate(measuring, Path(scratch) / BEFORE, "Before")
+
+
+def move_into(before: Path | None, folder: Path) -> None:
+    if before is not None:
+        shutil.rmtree(folder / BEFORE, ignore_errors=True)  # of an evaluation that was interrupted
+        shutil.move(before, folder / BEFORE)
+
+
+def measure_after(measuring: EvaluateConfig, folder: Path, model: Path) -> Evaluations:
+    """Evaluate the new model, once, also where a finished run is looked at again; draw both and complete the card."""
+    from calsmooth.files import read_json
+    from calsmooth.finetune.results import write_cards
+    from calsmooth.plots import plot_reliability, save_figure
+
+    if not (folder / AFTER / RESULTS).exists():
+        shutil.rmtree(folder / AFTER, ignore_errors=True)  # of an evaluation that was interrupted
+        _evaluate(replace(measuring, model=str(model), revision=None), folder / AFTER, "After")
+    found = {moment: read_json(folder / moment / RESULTS) for moment in (BEFORE, AFTER)}
+    if not (folder / PICTURE).exists():
+        panels = [
+            _panel(results["tasks"][task], f"{WORDS.get(task, task)}, {moment}")
+            for task in measuring.task
+            for moment, results in found.items()
+        ]
+        save_figure(plot_reliability(panels), folder / PICTURE)
+        write_cards(folder, {moment: results["tasks"] for moment, results in found.items()})
+    return found
+
+
+def before_after_table(evaluations: Evaluations) -> "Table":
+    from calsmooth.tables import metrics_table
+
+    tasks = evaluations[AFTER]["tasks"]
+    rows = [
+        (f"{WORDS.get(task, task)}, {moment}", results["tasks"][task])
+        for task in tasks
+        for moment, results in evaluations.items()
+    ]
+    return metrics_table(rows, first="held-out")
+
+
+def _evaluate(config: EvaluateConfig, folder: Path, moment: str) -> Path:
+    from calsmooth.evaluate.run import run
+
+    console.say(f"{moment}: measuring {', '.join(WORDS.get(task, task) for task in config.task)}.")
+    return run(replace(config, output=folder)).folder
+
+
+def _panel(summary: Mapping[str, Any], title: str) -> "Reliability":
+    """The panel of a task's part of results.json."""
+    import numpy as np
+
+    from calsmooth.metrics import Bins
+    from calsmooth.plots import Reliability
+
+    bins = {name: np.array(values, dtype=float) for name, values in summary["reliability"].items()}
+    bins["count"] = bins["count"].astype(int)
+    interval = summary.get("ece_interval")
+    return Reliability(
+        title=title,
+        bins=Bins(**bins),
+        n=summary["n"],
+        accuracy=summary["accuracy"],
+        mean_confidence=summary["mean_confidence"],
+        ece=summary["ece"],
+        ece_interval=tuple(interval) if interval else None,
+    )
