@@ -8,11 +8,12 @@ The instance is patched, not the class, and before any wrapper sees it:
       -> the head *module* is called with them and the targets, and returns their summed loss
 
 Because the head stays the module that it was, the hooks of FSDP and DeepSpeed fire and a tied weight stays tied; the
-logits never exist. What the architecture does to its logits is measured by `calsmooth.heads`, and
-`calsmooth.finetune.probe` checks on real data that nothing was missed.
+logits never exist. A head whose rows tensor parallelism has sharded keeps them so: `sharded_loss`. What the
+architecture does to its logits is measured by `calsmooth.heads`, and `calsmooth.finetune.probe` checks on real data
+that nothing was missed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MethodType
@@ -20,10 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from transformers.utils import ModelOutput
 
+from calsmooth.errors import UsageError
 from calsmooth.heads import Head, find_head, run_without_head
 from calsmooth.loss import linear_cross_entropy, token_statistics
+from calsmooth.loss.vocab_parallel import vocab_parallel_linear_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,9 +44,10 @@ class FusedOutput(ModelOutput):
     statistics: Tensor | None = None  # (len(STATISTICS), targets), where they were asked for
 
 
-STATISTICS = ("logprob", "confidence", "correct", "entropy", "logit_distance")
+STATISTICS = ("logprob", "confidence", "correct", "entropy", "logit_distance", "kept_mass")
 """Of a target's prediction: its log-probability, the top probability, 1 where the top token is the target, the
-entropy, and the mean logit distance (Definition 3.2 of the paper): the top logit minus the mean logit."""
+entropy, the mean logit distance (Definition 3.2 of the paper: the top logit minus the mean logit), and the
+probability mass that the loss's gradient keeps (1 unless it is filtered)."""
 
 
 @contextmanager
@@ -70,7 +75,9 @@ def fused_loss(
         if targets is None:
             return nn.Linear.forward(self, hidden_states)
         if measure:
-            return FusedOutput(statistics=measured(head, hidden_states, targets))
+            return FusedOutput(statistics=measured(head, hidden_states, targets, mode))
+        if isinstance(self.weight, DTensor):
+            return FusedOutput(loss=sharded_loss(head, hidden_states, targets, beta, mode))
         kept = torch.empty(len(targets), device=targets.device) if mode == "filtered" else None
         loss = linear_cross_entropy(
             hidden_states,
@@ -96,22 +103,74 @@ def fused_loss(
             found.loss = found.loss + balance * wanted.sum()
         return found
 
-    head.module.forward = MethodType(head_forward, head.module)  # type: ignore[method-assign]
-    model.forward = MethodType(model_forward, model)
-    try:
+    with _in_place_of(head.module, head_forward), _in_place_of(model, model_forward):
         yield head
+
+
+@contextmanager
+def _in_place_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The instance's forward is `forward`, for a while; one that tensor parallelism gave it comes back."""
+    before = vars(module).get("forward")
+    module.forward = MethodType(forward, module)
+    try:
+        yield
     finally:
-        del head.module.forward, model.forward
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def sharded_loss(head: Head, hidden_states: Tensor, targets: Tensor, beta: float, mode: str = "exact") -> Tensor:
+    """The summed loss where tensor parallelism has given every process some rows of the head.
+
+    hidden_states, targets: (N, D) and (N,), the same on every process; so is the loss.
+
+    Raises:
+        UsageError: the head is sharded in another way, or not all of its rows are tokens, or the mode isn't 'exact'.
+    """
+    weight: Any = head.module.weight
+    bias: Any = head.module.bias
+    mesh, placements = weight.device_mesh, weight.placements
+    if mesh.ndim != 1 or placements != (Shard(0),) or len(weight) != head.vocabulary or mode != "exact":
+        raise UsageError(
+            f"a head of {len(weight)} rows, placed {placements} on {mesh}, with --loss-mode {mode}: expected rows "
+            f"sharded over one dimension, {head.vocabulary} of them, and --loss-mode exact"
+        )
+    rows = -(-len(weight) // mesh.size())  # of each process but the last ones
+    return vocab_parallel_linear_cross_entropy(
+        hidden_states.to_local() if isinstance(hidden_states, DTensor) else hidden_states,
+        weight.to_local(),
+        targets,
+        first=min(mesh.get_local_rank() * rows, len(weight)),
+        vocabulary=len(weight),
+        group=mesh.get_group(),
+        bias_shard=None if bias is None else bias.to_local(),
+        label_smoothing=beta,
+        reduction="sum",
+        softcap=head.softcap,
+        scale=head.scale,
+    )
 
 
 @torch.no_grad()
-def measured(head: Head, hidden_states: Tensor, targets: Tensor) -> Tensor:
+def measured(head: Head, hidden_states: Tensor, targets: Tensor, mode: str = "exact") -> Tensor:
     """(len(STATISTICS), N) of (N, D) hidden states and (N,) targets, in two walks over the vocabulary."""
-    options: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "scale": head.scale}
-    found = token_statistics(hidden_states, head.weight, targets, **options)
+    weight, bias = head.weight, head.bias
+    if isinstance(weight, DTensor):
+        weight, bias = weight.full_tensor(), bias.full_tensor() if isinstance(bias, DTensor) else None
+    options: dict[str, Any] = {"bias": bias, "softcap": head.softcap, "scale": head.scale}
+    found = token_statistics(hidden_states, weight, targets, **options)
     # With all the probability smoothed away, the loss is logsumexp - mean logit: the mean needs no walk of its own.
+    kept = torch.ones(len(targets), device=targets.device)
     uniform = linear_cross_entropy(
-        hidden_states, head.weight, targets, label_smoothing=1.0, reduction="none", **options
+        hidden_states,
+        weight,
+        targets,
+        label_smoothing=1.0,
+        reduction="none",
+        mode=mode,  # type: ignore[arg-type]
+        kept_mass=kept,
+        **options,
     )
     return torch.stack(
         [
@@ -120,6 +179,7 @@ def measured(head: Head, hidden_states: Tensor, targets: Tensor) -> Tensor:
             (found.top_token == targets).to(found.entropy.dtype),
             found.entropy,
             found.top_logprob + uniform,
+            kept,
         ]
     )
 
