@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESOLUTION = 1e-7
-"""Nats; below it an entropy that was summed in float32 is noise."""
+"""Nats: what float32 rounding leaves of an entropy of ordinary logits; nothing smaller needs a place in the picture."""
 
 
 @dataclass(frozen=True)
@@ -87,30 +87,37 @@ def plot_models(models: Sequence[tuple[str, Measurement, Calibration]], betas: S
 
 
 def _plot_entropies(ax: "Axes", panels: list[Panel], colors: list) -> None:
-    seen = [max(float(p.entropies[0]), RESOLUTION) for p in panels] + [max(p.attained, RESOLUTION) for p in panels]
-    left = min(*seen, *(h for p in panels for h in p.smoothing.values())) / 10
+    shown = [max(float(p.entropies[0]), RESOLUTION) for p in panels]
+    shown += [p.attained for p in panels if p.attained > RESOLUTION]
+    left = min(*shown, *(h for p in panels for h in p.smoothing.values())) / 10
     for i, (p, color) in enumerate(zip(panels, colors, strict=True)):
         share = (np.arange(len(p.entropies)) + 1) / len(p.entropies)
         ax.step(np.maximum(p.entropies, left), share, color=color, where="post", label=f"{p.label}: on the text")
+        ax.axvline(p.log_vocab, color=color, linewidth=0.8, linestyle=":")
         if p.token_floors[-1] > np.log10(left):
             floors = np.maximum(10.0**p.token_floors, left)
             ax.step(floors, share, color=color, where="post", linestyle="--", label=f"{p.label}: each token's floor")
-        ax.plot(max(p.attained, left), 0.0, "^", color=color, markersize=8, clip_on=False)
-        ax.axvline(p.log_vocab, color=color, linewidth=0.8, linestyle=":")
+        beyond = []
         if p.floor > np.log10(left):
             ax.axvline(10.0**p.floor, color=color, linewidth=1.4, linestyle="-.")
-            continue
-        ax.annotate(
-            f"floor (Theorem 4.2): $10^{{{p.floor:,.0f}}}$".replace(",", "{,}"),
-            (0.0, 0.55 - 0.07 * i),
-            xytext=(12, 0),
-            textcoords="offset points",
-            xycoords="axes fraction",
-            color=color,
-            va="center",
-            fontsize=9,
-            arrowprops={"arrowstyle": "->", "color": color},
-        )
+        else:
+            beyond.append(f"floor (Theorem 4.2) {_power(p.floor)}")
+        if p.attained > left:
+            ax.plot(p.attained, 0.0, "^", color=color, markersize=8, clip_on=False)
+        else:
+            beyond.append(f"attained {_power(np.log10(max(p.attained, 1e-45)))}")
+        if beyond:
+            ax.annotate(
+                ", ".join(beyond),
+                (0.0, 0.6 - 0.06 * i),
+                xytext=(12, 0),
+                textcoords="offset points",
+                xycoords="axes fraction",
+                color=color,
+                va="center",
+                fontsize=9,
+                arrowprops={"arrowstyle": "->", "color": color},
+            )
     for beta, entropy in panels[0].smoothing.items():
         ax.axvline(entropy, color="0.4", linewidth=0.9)
         ax.annotate(
@@ -124,11 +131,15 @@ def _plot_entropies(ax: "Axes", panels: list[Panel], colors: list) -> None:
             fontsize=8,
             color="0.4",
         )
-    ax.plot([], [], "^", color="0.3", label="attained by a hidden state made for it")
+    ax.plot([], [], "^", color="0.3", linestyle="", label="attained by a hidden state made for it")
     ax.plot([], [], linestyle=":", color="0.3", label=r"$\log |V|$")
     ax.set(xscale="log", xlim=(left, None), ylim=(0, 1.02), xlabel="entropy, nats", ylabel="share of predictions below")
     ax.legend(fontsize=8, frameon=False, loc="upper left")
     ax.set_title("entropies reached, and the floor", fontsize=10)
+
+
+def _power(log10: float) -> str:
+    return f"$10^{{{log10:,.0f}}}$".replace(",", "{,}")
 
 
 def _plot_norms(ax: "Axes", panels: list[Panel], colors: list) -> None:

@@ -58,19 +58,23 @@ def largest_singular_value(
     mean = row_mean(matrix) if centred else np.zeros(matrix.shape[1])
     if not np.isfinite(mean).all():
         raise CalsmoothError("the head has entries that are not finite; its singular values don't exist")
+    # Of rows that are all alike, taking the mean off leaves rounding.
+    nothing = len(matrix) * (16 * torch.finfo(dtype).eps * float(np.linalg.norm(mean))) ** 2
     read = 0
 
     def gram(v: Array) -> Array:
-        """C^T C v; with the mean taken off, C v sums to 0, and the mean in the second product has no effect."""
+        """C^T C v. With the mean taken off, C v sums to 0, and the mean takes what rounding leaves of that back."""
         nonlocal read
         read += 1
         v_there = torch.from_numpy(v).to(matrix.device, dtype)
         common = float(mean @ v)
-        total = np.zeros(matrix.shape[1])
+        total, left = np.zeros(matrix.shape[1]), 0.0
         for block in blocks:
             c = block.to(dtype)
-            total += (c.T @ (c @ v_there - common)).cpu().double().numpy()
-        return total
+            y = c @ v_there - common
+            total += (c.T @ y).cpu().double().numpy()
+            left += float(y.sum())
+        return total - left * mean
 
     basis = [_unit(np.random.default_rng(seed).normal(size=matrix.shape[1]))]
     diagonal: list[float] = []
@@ -87,7 +91,7 @@ def largest_singular_value(
         ritz, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside[:-1], 1) + np.diag(beside[:-1], -1))
         square = float(ritz[-1])
         exhausted = len(basis) == matrix.shape[1] or beside[-1] <= 1e-12 * square
-        if square <= 0:
+        if square <= nothing:
             return SingularValue(0.0, 0.0, read)
         if exhausted or beside[-1] * abs(vectors[-1, -1]) < 0.5 * tolerance * square:
             # The estimate so far trusts the recurrence; the answer is checked against the matrix.
