@@ -141,17 +141,6 @@ def use(together: int, parts: int, vocabulary_tiles: int, slots: int) -> float:
     return together * vocabulary_tiles / (slots * steps)
 
 
-@functools.lru_cache(maxsize=1024)
-def strip_tiles(row_blocks: int, most: int, configuration: Configuration, device: torch.device) -> int:
-    """Tiles of the vocabulary in a strip, at most `most`: the count that leaves fewest multiprocessors idle."""
-    slots = _multiprocessors(device) * configuration.programs_per_sm
-
-    def strip_use(tiles: int) -> float:
-        return use(*schedule(row_blocks, tiles, configuration, device), tiles, slots)
-
-    return max(range(max(1, most * 3 // 4), most + 1), key=lambda tiles: (round(strip_use(tiles), 3), tiles))
-
-
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     """4 for the interpreter."""

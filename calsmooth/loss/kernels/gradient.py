@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calsmooth.loss.kernels.configurations import strip_tiles
 from calsmooth.loss.kernels.products import accumulate, product
 from calsmooth.loss.kernels.rows import finish_hidden, row_sum, scale_rows
 from calsmooth.loss.kernels.tiles import LOG2E, Operands, padded_matrix, place, product_tile, to_logits
@@ -124,8 +123,8 @@ def gradients(
         two_weights = torch.stack([high, (weights - high.float()).to(E.dtype)], 1)
 
     block = operands.configuration.block_v
-    most = max(max(buffer_bytes // ((N + extra) * E.element_size()), min(MIN_WIDTH, V)) // block, 1)
-    width = V if most * block >= V else block * strip_tiles(operands.row_blocks, most, operands.configuration, device)
+    width = max(buffer_bytes // ((N + extra) * E.element_size()), min(MIN_WIDTH, V)) // block * block
+    width = min(max(width, block), V)
     buffer = padded_matrix(N + extra, width, E.dtype, device)
     buffer[N:] = 1.0
     schedule = operands.schedule(width)

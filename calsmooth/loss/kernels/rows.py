@@ -128,21 +128,26 @@ def row_sum(X: Tensor, weights: Tensor | None = None) -> Tensor:
     return partial.sum(0)
 
 
+LARGE_BYTES = 256 * 2**20
+"""Takes a tenth of a millisecond to read, the host as long to set a second stream going."""
+
+
 class SumBeside:
     """`row_sum(X)` on a second stream, while a walk runs that leaves a few multiprocessors idle.
 
     Make it before the walk is launched, `start` it after (so that the walk gets its multiprocessors first), and `wait`
-    where the sum is needed: the stream waits, not the host.
+    where the sum is needed: the stream waits, not the host. For a small X the second stream costs more than it saves.
     """
 
     def __init__(self, X: Tensor) -> None:
         self.X = X
-        if X.is_cuda:
+        self.beside = X.is_cuda and X.numel() * X.element_size() >= LARGE_BYTES
+        if self.beside:
             self.main = torch.cuda.current_stream(X.device)
             self.before = self.main.record_event()
 
     def start(self) -> None:
-        if not self.X.is_cuda:
+        if not self.beside:
             self.total = row_sum(self.X)
             return
         self.side = _side_stream(self.X.device)
@@ -152,7 +157,7 @@ class SumBeside:
         self.total.record_stream(self.main)
 
     def wait(self) -> Tensor:
-        if self.X.is_cuda:
+        if self.beside:
             self.main.wait_stream(self.side)
         return self.total
 
