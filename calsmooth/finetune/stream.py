@@ -32,6 +32,9 @@ class StepStream(IterableDataset[Example]):
         self.resumed_step, self.start = 0, Position()
         self.positions: OrderedDict[int, Position] = OrderedDict({0: self.start})  # after each of the last steps
 
+    def set_epoch(self, epoch: int) -> None:
+        """A stream has no epochs; the Trainer sees one that never ends."""
+
     def position(self, step: int) -> Position:
         """After that step, which must be the current one."""
         return self.positions[step]

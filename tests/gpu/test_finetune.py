@@ -43,7 +43,7 @@ def test_the_largest_micro_batch_that_fits_is_found() -> None:
 
     def found() -> int:
         with fused_loss(model, 0.1):
-            return largest_that_fits(model, examples, Collator(0), [64, 16, 4, 1], torch.float32)
+            return largest_that_fits(model, lambda size: examples[:size], Collator(0), [64, 16, 4, 1], torch.float32)
 
     assert found() == 64
     assert torch.equal(state, torch.cuda.get_rng_state())
