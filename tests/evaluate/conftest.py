@@ -94,7 +94,7 @@ def _arc(number, key, labels):
 
 def _openbook(number):
     return {"id": f"7-{number}", "question_stem": f"The sun, the {number}th, is responsible for",
-            "choices": {"text": ["puppies", "children growing", "plants sprouting", "wires"], "label": list("ABCD")},
+            "choices": {"text": ["puppies", "children growing", "plants", "wires"], "label": list("ABCD")},
             "answerKey": "ABCD"[number % 4]}  # fmt: skip
 
 
@@ -105,8 +105,8 @@ def _commonsense(number):
 
 
 def _piqa(number):
-    return {"goal": f"How do I boil {number} eggs?", "sol1": "Put them in water.", "sol2": "Put them in the sink, and wait",
-            "label": number % 2}  # fmt: skip
+    goal, first, second = f"How do I boil {number} eggs?", "Put them in water.", "Put them in the sink and wait"
+    return {"goal": goal, "sol1": first, "sol2": second, "label": number % 2}
 
 
 def _winogrande(number):
@@ -122,8 +122,8 @@ def _truthful(number):
 
 
 def _scene(number):
-    return {"ind": number, "activity_label": "Roofing", "ctx_a": f"A man [substeps] is on roof {number}.", "ctx_b": "he",
-            "ctx": f"A man is on roof {number}. he", "endings": ["sings [title] loud.", "falls.", "flies.", "sleeps."],
+    return {"ind": number, "activity_label": "Roofing", "ctx_a": f"A man [substeps] is on roof {number}", "ctx_b": "he",
+            "ctx": f"A man is on roof {number} he", "endings": ["sings [title] loud.", "falls.", "flies.", "sleeps."],
             "source_id": "activitynet~v_1", "split": "train", "split_type": "indomain",
             "label": str(number % 4)}  # fmt: skip
 

@@ -1,12 +1,12 @@
 """Loading of the tasks: local files with their traps, the hub's columns, sampling."""
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from calsmooth.data.readers import Row
 from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.evaluate.questions import Question, sample
 from calsmooth.evaluate.tasks import CHOICE_TASKS, TASK_NAMES
@@ -30,7 +30,7 @@ def test_mmlu_keeps_none_and_na_as_words(tmp_path):
     assert len(data.questions) == 12
     question = data.questions[0]
     assert question == Question("anatomy/0", "anatomy", "Which, of these?", ("None", "NA", "a, b", "nan"), 1)
-    assert [len(data.examples[s]) for s in ("anatomy", "world_religions")] == [6, 6]
+    assert [len(data.examples[s]) for s in ("anatomy", "world_religions")] == [5, 5]
 
 
 def test_the_parent_folder_will_do(tmp_path):
@@ -59,11 +59,11 @@ def test_bad_mmlu_rows_are_named(tmp_path, content, message):
 def test_missing_mmlu_files_say_what_was_expected(tmp_path):
     with pytest.raises(UsageError, match="no such folder"):
         MMLU.load(tmp_path / "nothing", 5)
-    with pytest.raises(UsageError, match="expected MMLU's official CSV files"):
+    with pytest.raises(UsageError, match="no test split of MMLU there; expected the official CSV files"):
         MMLU.load(tmp_path, 5)
     write_mmlu(tmp_path)
     (tmp_path / "dev" / "anatomy_dev.csv").unlink()
-    with pytest.raises(CalsmoothError, match=r"no solved examples .* 'anatomy'; give --shots 0"):
+    with pytest.raises(CalsmoothError, match=r"no solved examples for 'anatomy'; give --shots 0"):
         MMLU.load(tmp_path, 5)
     assert len(MMLU.load(tmp_path, 0).questions) == 12
 
@@ -102,7 +102,9 @@ def test_hellaswag_without_train_holds_its_first_rows_back(tmp_path):
     data = HELLASWAG.load(tmp_path, 3)
     assert [q.text for q in data.examples["common sense"]] == [f"Roofing: Row {i}." for i in range(3)]
     assert [q.text for q in data.questions] == [f"Roofing: Row {i}." for i in range(3, 8)]
-    assert "no train split" in data.notes[0]
+    assert data.notes == [
+        f"hellaswag: the first 3 validation rows are the solved examples and not scored: {tmp_path} has no train split"
+    ]
     assert HELLASWAG.load(tmp_path, 0).notes == []
     with pytest.raises(CalsmoothError, match="too few"):
         HELLASWAG.load(tmp_path, 8)
@@ -114,8 +116,8 @@ def test_hellaswag_without_train_holds_its_first_rows_back(tmp_path):
         (scene(""), "line 1: 'label' must be the index"),
         (scene("4"), "line 1: the answer must be an index from 0 to 3"),
         (scene(endings="abc"), "line 1: 'endings' must be a list"),
-        ({"label": "1"}, "line 1: no column 'endings'; it has label"),
-        ([1], "line 1: expected an object"),
+        ({"label": "1"}, "line 1: no column 'activity_label'; it has label"),
+        ([1], "line 1: expected an object with named columns"),
     ],
 )
 def test_bad_hellaswag_rows_are_named(tmp_path, row, message):
@@ -151,44 +153,134 @@ def test_bad_arc_rows_are_named(tmp_path):
     (tmp_path / "test.json").write_text(json.dumps([science(), science("F")]))
     with pytest.raises(CalsmoothError, match=r"test.json, row 2: 'answerKey' must be one of A, B, C, D, got 'F'"):
         ARC.load(tmp_path, 0)
-    with pytest.raises(UsageError, match=r"no train.json"):
-        ARC.load(tmp_path, 5)
+    (tmp_path / "test.json").write_text(json.dumps([science(), science() | {"choices": {"text": ["a"], "label": []}}]))
+    with pytest.raises(CalsmoothError, match=r"row 2: 'choices' must hold as many texts as labels"):
+        ARC.load(tmp_path, 0)
     (tmp_path / "test.json").write_text("{}")
-    with pytest.raises(CalsmoothError, match="expected a list of objects, got a dict"):
+    with pytest.raises(CalsmoothError, match="expected a list of rows, got a dict"):
         ARC.load(tmp_path, 0)
 
 
-def test_the_hub_is_asked_at_a_pinned_revision(monkeypatch):
+HUB_TASKS = [name for name in CHOICE_TASKS if name != "demo"]
+ANSWERS = {  # of the first questions of the `hub` fixture, by their text
+    "mmlu": ["one", "two", "None", "NA"],
+    "hellaswag": ["sings. loud.", "falls.", "flies."],
+    "arc_easy": ["choice B of 1", "choice 3 of 2", "choice A of 3", "choice E of 4"],
+    "arc_challenge": ["choice C of 0"],
+    "openbookqa": ["puppies", "children growing", "plants", "wires"],
+    "commonsense_qa": ["ignore", "enforce", "be harsh", "yell at", "avoid 4"],
+    "piqa": ["Put them in water.", "Put them in the sink and wait"],
+    "winogrande": ["Sarah", "Maria"],
+    "truthfulqa_mc1": [f"Nothing happens to seed {i}" for i in range(2, 8)],  # the first two are held back
+}
+
+
+@pytest.mark.parametrize("name", HUB_TASKS)
+def test_every_task_reads_the_hubs_columns_at_a_pinned_revision(served, hub, name):
+    task = CHOICE_TASKS[name]
+    data = task.load(None, 2)
+    assert [q.choices[q.answer] for q in data.questions[: len(ANSWERS[name])]] == ANSWERS[name]
+    where = (task.hub.dataset, task.hub.config)
+    assert {(path, config) for path, config, *_ in served} == {where}
+    assert all(len(revision) == 40 and set(revision) <= set("0123456789abcdef") for *_, revision in served)
+    splits = [split for _, _, split, _ in served]
+    if name == "truthfulqa_mc1":
+        assert splits == ["validation"]
+        assert len(data.questions) == 6
+    else:
+        assert splits == [task.scored.name, task.solved.name]
+        assert len(data.questions) == len(hub[where][task.scored.name])
+        # The first of the other split, in its order.
+        solved = hub[where][task.solved.name]
+        first = [task.question(Row(row, "here"), "0").text for row in solved[:2]]
+        assert [q.text for q in next(iter(data.examples.values()))] == first
+    assert {len(examples) for examples in data.examples.values()} == {2}
+    assert len({q.id for q in data.questions}) == len(data.questions)
+
+
+@pytest.mark.parametrize("name", HUB_TASKS)
+@pytest.mark.parametrize("layout", ["jsonl", "repository"])
+def test_local_files_in_the_hubs_layout_are_the_hubs_questions(served, hub, tmp_path, name, layout):
     import datasets
 
-    asked = []
-    row = {"question": "Which?", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 3}
-    rows = {
-        "cais/mmlu": [row] * 6,
-        "Rowan/hellaswag": [scene(), scene()],
-        "allenai/ai2_arc": [science()] * 6,
+    task = CHOICE_TASKS[name]
+    for split, rows in hub[task.hub.dataset, task.hub.config].items():
+        if layout == "jsonl":
+            write_jsonl(tmp_path / f"{split}.jsonl", rows)
+            continue
+        # As the hub's repositories lie on a disk; a large split has more than one file.
+        folder = tmp_path / name / (task.hub.config or "data")
+        folder.mkdir(parents=True, exist_ok=True)
+        for shard, part in enumerate((rows[:3], rows[3:])):
+            datasets.Dataset.from_list(part).to_parquet(folder / f"{split}-{shard:05d}-of-00002.parquet")
+    local, remote = task.load(tmp_path, 2), task.load(None, 2)
+    assert local.questions == remote.questions
+    assert local.examples == remote.examples
+    assert local.source != remote.source
+
+
+def test_truthfulqa_shuffles_the_answer_away_from_the_first_place(served):
+    data = CHOICE_TASKS["truthfulqa_mc1"].load(None, 0)
+    assert {q.answer for q in data.questions} > {0}
+    assert data.questions == CHOICE_TASKS["truthfulqa_mc1"].load(None, 0).questions
+    assert CHOICE_TASKS["truthfulqa_mc1"].shots == 0
+
+
+def test_files_as_their_authors_publish_them(tmp_path):
+    stem = {"stem": "Why?", "choices": [{"text": "a", "label": "A"}, {"text": "b", "label": "B"}]}
+    files = {
+        "arc_challenge": ("ARC-Challenge-Test.jsonl", {"id": "m", "question": stem, "answerKey": "B"}),
+        "openbookqa": ("test.jsonl", {"id": "m", "question": stem, "answerKey": "B"}),
+        "commonsense_qa": ("dev_rand_split.jsonl", {"id": "m", "question": stem, "answerKey": "B"}),
+        "winogrande": (
+            "dev.jsonl",
+            {"qID": "m", "sentence": "It is _ here.", "option1": "a", "option2": "b", "answer": "2"},
+        ),
     }
-
-    def load_dataset(name, config, *, split, revision):
-        asked.append((name, config, split, len(revision)))
-        return datasets.Dataset.from_list(rows[name])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("calsmooth.evaluate.questions.prepare_hub", lambda: True)
-    assert MMLU.load(None, 5).questions[0] == Question("test/0", "anatomy", "Which?", ("a", "b", "c", "d"), 3)
-    assert HELLASWAG.load(None, 1).questions[1].answer == 1
-    assert ARC.load(None, 5).questions[0].choices[2] == "choice C"
-    assert asked == [
-        ("cais/mmlu", "all", "test", 40),
-        ("cais/mmlu", "all", "dev", 40),
-        ("Rowan/hellaswag", None, "validation", 40),
-        ("Rowan/hellaswag", None, "train", 40),
-        ("allenai/ai2_arc", "ARC-Easy", "test", 40),
-        ("allenai/ai2_arc", "ARC-Easy", "train", 40),
-    ]
+    for name, (file, row) in files.items():
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / file, [row])
+        (question,) = CHOICE_TASKS[name].load(tmp_path, 0).questions
+        assert (question.choices, question.answer) == (("a", "b"), 1)
+    (tmp_path / "mc_task.json").write_text(json.dumps([{"question": "Why?", "mc1_targets": {"a": 0, "b": 1}}]))
+    (question,) = CHOICE_TASKS["truthfulqa_mc1"].load(tmp_path, 0).questions
+    assert question.choices[question.answer] == "b"
 
 
-@pytest.mark.parametrize("name", ["mmlu", "hellaswag", "arc_easy"])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("winogrande", {"answer": ""}, "row 1: 'answer' must be 1 or 2, got ''"),
+        ("winogrande", {"sentence": "No blank."}, "row 1: 'sentence' must have a '_' and go on after it"),
+        ("winogrande", {"sentence": "At the end is _"}, "row 1: 'sentence' must have a '_' and go on after it"),
+        ("piqa", {"label": -1}, "row 1: the answer must be an index from 0 to 1, got -1"),
+        ("piqa", {"sol2": None}, "row 1: every choice must be text that isn't empty, got None"),
+        ("commonsense_qa", {"answerKey": ""}, "row 1: 'answerKey' must be one of A, B, C, D, E, got ''"),
+        ("openbookqa", {"question_stem": 3}, "row 1: the question must be text"),
+        (
+            "truthfulqa_mc1",
+            {"mc1_targets": {"choices": ["a", "b"], "labels": [1, 1]}},
+            r"row 1: 'mc1_targets' must label one choice 1 and the others 0, got \[1, 1\]",
+        ),
+    ],
+)
+def test_bad_rows_of_the_other_tasks_are_named(hub, tmp_path, name, change, message):
+    task = CHOICE_TASKS[name]
+    row = hub[task.hub.dataset, task.hub.config][task.scored.name][0]
+    (tmp_path / f"{task.scored.name}.json").write_text(json.dumps([row | change]))
+    with pytest.raises(CalsmoothError, match=message) as caught:
+        task.load(tmp_path, 0)
+    assert str(caught.value).startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", HUB_TASKS)
+def test_an_empty_folder_says_what_was_expected(tmp_path, name):
+    with pytest.raises(UsageError, match=rf"^--data-dir {tmp_path}: no \w+ split of .* there; expected ") as caught:
+        CHOICE_TASKS[name].load(tmp_path, 5)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", HUB_TASKS)
 def test_without_hub_and_folder_one_line_says_how_to_get_it(monkeypatch, name):
     import datasets
 
@@ -196,7 +288,7 @@ def test_without_hub_and_folder_one_line_says_how_to_get_it(monkeypatch, name):
         raise ConnectionError("Couldn't reach the hub\nwith more lines")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("calsmooth.evaluate.questions.prepare_hub", lambda: False)
+    monkeypatch.setattr("calsmooth.evaluate.rows.prepare_hub", lambda: False)
     with pytest.raises(CalsmoothError, match=rf"--task {name}: .*can't be reached.*--data-dir DIR") as caught:
         CHOICE_TASKS[name].load(None, 5)
     assert "\n" not in str(caught.value)
@@ -218,16 +310,25 @@ def test_sample_is_even_over_subjects_seeded_and_in_order():
     assert len({q.subject for q in sample(questions(**dict.fromkeys("abcdefgh", 5)), 4, 0)}) == 4
 
 
-def test_the_real_files_load():
-    root = os.environ.get("CALSMOOTH_TEST_DATA")
-    if not root:
-        pytest.skip("CALSMOOTH_TEST_DATA doesn't name a folder with mmlu, hellaswag and arc_easy")
-    mmlu = MMLU.load(Path(root), 5)
+def test_the_real_files_load(external_data):
+    mmlu = MMLU.load(external_data, 5)
     assert len(mmlu.questions) == 14042
     assert len({q.subject for q in mmlu.questions}) == 57
-    assert len(HELLASWAG.load(Path(root), 5).questions) in (10042, 10037)
-    assert len(ARC.load(Path(root) / "arc_easy", 5).questions) == 2376
+    assert len(HELLASWAG.load(external_data, 5).questions) in (10042, 10037)
+    assert len(ARC.load(external_data / "arc_easy", 5).questions) == 2376
 
 
 def test_names():
-    assert TASK_NAMES == ("mmlu", "hellaswag", "arc_easy", "demo", "responses")
+    assert TASK_NAMES == (
+        "mmlu",
+        "hellaswag",
+        "arc_easy",
+        "arc_challenge",
+        "openbookqa",
+        "commonsense_qa",
+        "piqa",
+        "winogrande",
+        "truthfulqa_mc1",
+        "demo",
+        "responses",
+    )
