@@ -4,7 +4,6 @@ A batch size changes speed and memory and nothing else, so an estimate is good e
 either way before the halving sets in, and beyond a few thousand tokens a batch is no faster for being larger.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -42,6 +41,7 @@ class Batches:
     def __init__(self, model: "PreTrainedModel", batch_size: int | None = None) -> None:
         self.batch_size = batch_size
         self.halvings = 0
+        self._divisor = 1
         self._device = model.device
         self._footprint = _Footprint.of(model)
         self._enough = ENOUGH_TOKENS.get(model.device.type, ENOUGH_TOKENS["cpu"])
@@ -56,32 +56,38 @@ class Batches:
         """
         start = 0
         while start < len(items):
-            batch = list(items[start : start + self._rows(size(items[start]))])
+            largest = size(items[start])
+            batch = list(items[start : start + self._rows(largest)])
             done, result = self._attempt(batch, work)
             if done:
                 yield batch, result[0]
                 start += len(batch)
+            else:
+                self._halve(len(batch), largest)
 
     def _attempt(self, batch: list[T], work: Callable[[list[T]], R]) -> tuple[bool, list[R]]:
+        # Returns before anything is freed: while the error lives, so do the tensors of the frames that it came from.
         try:
             return True, [work(batch)]
         except RuntimeError as error:
             if not is_out_of_memory(error) or len(batch) == 1:
                 raise
-        # Outside the except block: while the error lives, so do the tensors of the frames that it came from.
+            return False, []
+
+    def _halve(self, rows: int, size: Size) -> None:
         self.halvings += 1
         if self.batch_size is not None:
-            self.batch_size = max(len(batch) // 2, 1)
-        gc.collect()
+            self.batch_size = rows // 2
+        while self._rows(size) > rows // 2:
+            self._divisor *= 2
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        return False, []
 
     def _rows(self, size: Size) -> int:
         if self.batch_size is not None:
             return self.batch_size
         by_memory = SHARE_OF_FREE * free_memory(self._device) / self._footprint.bytes(size)
-        return max(int(min(by_memory, self._enough / size.new)) >> self.halvings, 1)
+        return max(int(min(by_memory, self._enough / size.new) / self._divisor), 1)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -29,7 +29,7 @@ def scored(self, requests, advance):
     return found
 Scorer.score = scored
 """
-VOLATILE = ("seconds", "peak_memory_bytes", "config")
+VOLATILE = ("seconds", "scoring_seconds", "peak_memory_bytes", "config")
 
 
 @pytest.fixture(scope="module")
