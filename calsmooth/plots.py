@@ -121,40 +121,34 @@ def stored_reliability(summary: Mapping[str, Any], title: str = "") -> Reliabili
     )
 
 
-def plot_reliability(panels: Sequence[Reliability], columns: int | None = None) -> "Figure":
+def plot_reliability(panels: Sequence[Reliability | None], columns: int | None = None) -> "Figure":
     """Panels in rows of `columns` (all in one by default): accuracy bars with their gap to the confidence, and below
-    each, where the predictions are.
+    each, where the predictions are. None leaves a place empty.
 
     A red gap is over-confidence, a green one under-confidence; on the diagonal there is none.
     """
-    columns = min(columns or len(panels), len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = new_figure(4.0 * columns + 0.3, 5.3 * rows, 2 * rows, columns, height_ratios=[4, 1] * rows)
-    for place in range(rows * columns):
-        row, column = divmod(place, columns)
-        upper, lower = axes[2 * row * columns + column], axes[(2 * row + 1) * columns + column]
-        if place >= len(panels):
+    figure, places = _places(len(panels), columns or len(panels), width=4.0, height=5.3)
+    drawn = [(place, panel) for place, panel in zip(places, panels, strict=True) if panel is not None]
+    for (upper, lower), panel in drawn:
+        _draw_reliability(upper, panel)
+        _draw_share(lower, panel)
+    for (upper, lower), empty in zip(places, panels, strict=True):
+        if empty is None:
             upper.set_axis_off()
             lower.set_axis_off()
-            continue
-        _draw_reliability(upper, panels[place])
-        _draw_share(lower, panels[place])
-        if column == 0:
-            upper.set_ylabel("accuracy")
-            lower.set_ylabel("share")
-    handles, labels = axes[0].get_legend_handles_labels()
-    axes[0].legend(handles, labels, loc="upper left", fontsize=8, frameon=False)
+    first = drawn[0][0][0]
+    handles, labels = first.get_legend_handles_labels()
+    first.legend(handles, labels, loc="upper left", fontsize=8, frameon=False)
     return figure
 
 
-def plot_reliability_together(tasks: Mapping[str, Sequence[Reliability]]) -> "Figure":
+def plot_reliability_together(tasks: Mapping[str, Sequence[Reliability]], columns: int = 3) -> "Figure":
     """Several runs in the same panel, one panel a task (as Figure 1 of the paper); a panel's title is its run's name.
 
     A dot is a bin, as large as its share of the questions; below the diagonal is over-confidence.
     """
-    figure, axes = new_figure(4.6 * len(tasks) + 0.3, 5.6, rows=2, columns=len(tasks), height_ratios=[4, 1])
-    for column, (task, panels) in enumerate(tasks.items()):
-        upper, lower = axes[column], axes[len(tasks) + column]
+    figure, places = _places(len(tasks), columns, width=4.6, height=5.6)
+    for (upper, lower), (task, panels) in zip(places, tasks.items(), strict=True):
         for number, panel in enumerate(panels):
             color = RUN_COLORS[number % len(RUN_COLORS)]
             b = panel.bins
@@ -162,18 +156,37 @@ def plot_reliability_together(tasks: Mapping[str, Sequence[Reliability]]) -> "Fi
             label = f"{panel.title}: ECE {_with_interval(panel)}"
             upper.plot(b.confidence[filled], b.accuracy[filled], color=color, linewidth=1.4, alpha=0.8, label=label)
             size = 12 + 240 * b.weights()[filled]
-            upper.scatter(b.confidence[filled], b.accuracy[filled], s=size, color=color, alpha=0.55, linewidths=0)
+            dots: dict[str, Any] = {"s": size, "color": color, "alpha": 0.55, "linewidths": 0, "clip_on": False}
+            upper.scatter(b.confidence[filled], b.accuracy[filled], **dots)
             lower.stairs(b.weights(), np.append(b.lower, b.upper[-1]), color=color, linewidth=1.4)
         upper.plot([0, 1], [0, 1], color="0.25", linewidth=1.2)
         for x, y, words in ((0.97, 0.05, "over-confident"), (0.03, 0.6, "under-confident")):
             upper.text(x, y, words, color="0.55", fontsize=8, ha="right" if x > 0.5 else "left")
-        upper.set(xlim=(0, 1), ylim=(0, 1), title=task)
+        upper.set_title(task, fontsize=11)
+        upper.set(xlim=(0, 1), ylim=(0, 1))
         upper.tick_params(labelbottom=False)
         upper.legend(loc="upper left", fontsize=8, frameon=False)
         lower.set(xlim=(0, 1), ylim=(0, None), xlabel="confidence")
-    axes[0].set_ylabel("accuracy")
-    axes[len(tasks)].set_ylabel("share")
     return figure
+
+
+def _places(number: int, columns: int, width: float, height: float) -> "tuple[Figure, list[tuple[Axes, Axes]]]":
+    """A figure with `number` pairs of axes, a high one above a low one, in rows of `columns`."""
+    columns = min(columns, number)
+    rows = -(-number // columns)
+    figure, axes = new_figure(width * columns + 0.3, height * rows, 2 * rows, columns, height_ratios=[4, 1] * rows)
+    pairs = [
+        (axes[2 * row * columns + column], axes[(2 * row + 1) * columns + column])
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    for upper, lower in pairs[::columns]:
+        upper.set_ylabel("accuracy")
+        lower.set_ylabel("share")
+    for upper, lower in pairs[number:]:
+        upper.set_axis_off()
+        lower.set_axis_off()
+    return figure, pairs[:number]
 
 
 def _draw_reliability(ax: "Axes", panel: Reliability) -> None:
@@ -237,9 +250,9 @@ class BarGroup:
 
 def plot_bars(groups: Sequence[BarGroup], runs: Sequence[str], tasks: Sequence[str]) -> "Figure":
     """A panel a metric, a group of bars a task, a bar a run (as Figures 2, 3 and 7 of the paper)."""
-    columns = min(len(groups), 3)
-    rows = -(-len(groups) // columns)
     width = max(3.4, 0.9 + len(tasks) * (0.28 * len(runs) + 0.3))
+    columns = min(len(groups), 3, max(1, int(18 / width)))
+    rows = -(-len(groups) // columns)
     figure, axes = new_figure(width * columns, 3.0 * rows + 0.3 * (1 + (len(runs) - 1) // 4), rows, columns)
     for ax in axes[len(groups) :]:
         ax.set_axis_off()
@@ -257,6 +270,7 @@ def plot_bars(groups: Sequence[BarGroup], runs: Sequence[str], tasks: Sequence[s
                 reach = np.maximum([value - group.low[number], group.high[number] - value], 0)
                 ax.errorbar(left[sure], value[sure], reach[:, sure], fmt="none", ecolor="0.25", elinewidth=1, capsize=2)
         ax.set_xticks(place, tasks, fontsize=9)
+        ax.set_xlim(-0.6, len(tasks) - 0.4)
         ax.grid(False, axis="x")
         ax.set_title(group.metric, fontsize=10)
         ax.set_ylim(0, None)

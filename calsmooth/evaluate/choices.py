@@ -3,10 +3,10 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calsmooth import metrics
 from calsmooth.evaluate.config import ChoicesConfig
@@ -17,7 +17,7 @@ from calsmooth.evaluate.results import RESAMPLES, TaskResult, memory_note
 from calsmooth.evaluate.scoring import Scorer
 from calsmooth.evaluate.task import Task, TaskData
 from calsmooth.evaluate.units import Record, Unit, in_threads, parts
-from calsmooth.plots import prepare_reliability
+from calsmooth.plots import Reliability, prepare_reliability
 from calsmooth.records import Prediction
 
 if TYPE_CHECKING:
@@ -112,11 +112,11 @@ class Choices:
             summary["subjects"] = {name: self._summary(list(group)) for name, group in of_subject}
         gold = [p.gold for p in predictions]
         if self.form == "cloze":
-            summary["per_byte"] = metrics.summarize(per_byte, gold, bins=self.config.bins)
+            summary["per_byte"] = self._metrics(per_byte, gold, RESAMPLES)
             # The exponential of a mean is no probability, so that there is no mass to speak of.
             del summary["per_byte"]["choice_mass"]
-        confidence, correct = metrics.top_of(logprobs, gold)
-        panel = prepare_reliability(confidence, correct, bins=self.config.bins, title=self.name)
+            summary["per_byte"]["reliability"] = self._panel(per_byte, gold, summary["per_byte"]).to_dict()
+        panel = self._panel(logprobs, gold, summary)
         summary["reliability"] = panel.to_dict()
         return TaskResult(summary, panel, predictions, [*self.notes, *self._notes(total)])
 
@@ -140,8 +140,14 @@ class Choices:
         return {"logprobs": logprobs, "per_byte": per_byte, **counts}
 
     def _summary(self, predictions: Sequence[Prediction], resamples: int = 0) -> dict:
-        logprobs, gold = [p.logprobs for p in predictions], [p.gold for p in predictions]
-        return metrics.summarize(logprobs, gold, bins=self.config.bins, resamples=resamples, seed=self.config.seed)
+        return self._metrics([p.logprobs for p in predictions], [p.gold for p in predictions], resamples)
+
+    def _metrics(self, scores: Sequence[Sequence[float]], gold: Sequence[int], resamples: int) -> dict:
+        return metrics.summarize(scores, gold, bins=self.config.bins, resamples=resamples, seed=self.config.seed)
+
+    def _panel(self, scores: Sequence[Sequence[float]], gold: Sequence[int], summary: Mapping[str, Any]) -> Reliability:
+        top = metrics.top_of(scores, gold)
+        return prepare_reliability(*top, bins=self.config.bins, title=self.name, ece_interval=summary["ece_interval"])
 
     def _notes(self, total: dict[str, int]) -> list[str]:
         notes, n, sharing = [], len(self.questions), self.scorer.sharing

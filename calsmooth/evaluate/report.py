@@ -1,18 +1,27 @@
-"""What a run says on the terminal: its table, and what the reader of the table should know."""
+"""What a run shows to people: its table and remarks on the terminal, its pictures, and report.html."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calsmooth.tables import metrics_table
+import yaml
+
+from calsmooth import page
+from calsmooth.files import write_text
+from calsmooth.models import model_label
+from calsmooth.plots import Reliability, plot_reliability, save_figure, stored_reliability
+from calsmooth.tables import METRICS, metric_text, metrics_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SUBJECTS_SHOWN = 10
 """A task with more subjects than these shows its total only, unless asked."""
+IN_A_ROW = 3
+"""Reliability diagrams side by side."""
 
 
-def results_table(results: dict[str, Any], by_subject: bool = False) -> "Table":
+def results_table(results: Mapping[str, Any], by_subject: bool = False) -> "Table":
     """Tasks, and their subjects where these are few or asked for."""
 
     def rows() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -27,7 +36,7 @@ def results_table(results: dict[str, Any], by_subject: bool = False) -> "Table":
     return metrics_table(rows(), "task")
 
 
-def remarks(results: dict[str, Any], by_subject: bool = False) -> list[str]:
+def remarks(results: Mapping[str, Any], by_subject: bool = False) -> list[str]:
     """How sure the numbers are, what was sampled or left out, and the notes of the run."""
     lines = []
     for name, task in results["tasks"].items():
@@ -45,4 +54,83 @@ def remarks(results: dict[str, Any], by_subject: bool = False) -> list[str]:
         hidden = len(task.get("subjects", {}))
         if hidden > SUBJECTS_SHOWN and not by_subject:
             lines.append(f"{name}: {hidden} subjects; --by-subject shows each, results.json has them")
-    return lines + results["notes"]
+    return [*lines, *results["notes"]]
+
+
+def panels(results: Mapping[str, Any]) -> list[Reliability]:
+    """A reliability diagram a task; cloze tasks have a second one, per byte."""
+    found = []
+    for name, task in results["tasks"].items():
+        of_bytes = task.get("per_byte", {})
+        found.append(stored_reliability(task, f"{name}, summed" if of_bytes else name))
+        if "reliability" in of_bytes:
+            found.append(stored_reliability(of_bytes, f"{name}, per byte"))
+    return found
+
+
+def write_report(folder: Path, results: Mapping[str, Any]) -> None:
+    """reliability.png and .svg, and report.html, all from what results.json holds."""
+    figure = plot_reliability(panels(results), columns=IN_A_ROW)
+    for suffix in ("png", "svg"):
+        save_figure(figure, folder / f"reliability.{suffix}")
+    picture = page.picture(figure, "reliability diagrams: accuracy against confidence, one for each task")
+    write_text(folder / "report.html", _page(results, picture))
+
+
+def _page(results: Mapping[str, Any], reliability: str) -> str:
+    tasks = results["tasks"]
+    every = [(name, task) for name, task in tasks.items()]
+    every += [(f"{name}, per byte", task["per_byte"]) for name, task in tasks.items() if "per_byte" in task]
+    subjects = [
+        page.folded(f"{name}: {len(task['subjects'])} subjects", _metrics(task["subjects"].items(), "subject"))
+        for name, task in tasks.items()
+        if "subjects" in task
+    ]
+    made = {
+        "model": results["model"],
+        **{
+            key.replace("_", " "): results[key]
+            for key in ("model_hash", "dtype", "device", "seconds")
+            if key in results
+        },
+        **results["versions"],
+        "platform": results.get("platform", ""),
+    }
+    settings = yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True)
+    return page.page(
+        f"Calibration of {model_label(results['model'])}",
+        f"{', '.join(tasks)}; calsmooth {results['versions']['calsmooth']}",
+        page.section("Results", _metrics(tasks.items(), "task", shown=METRICS[:6]), page.bullets(remarks(results))),
+        page.section("Reliability", reliability),
+        page.section("All metrics", _transposed(every), *subjects),
+        page.section(
+            "How it was made",
+            page.facts(made),
+            page.folded("Settings, as a file for --config", page.verbatim(settings)),
+            *(page.folded(f"{name}: what was asked", page.facts(_asked(task))) for name, task in tasks.items()),
+        ),
+    )
+
+
+def _metrics(rows: Any, first: str, shown: Any = METRICS) -> str:
+    headings = [first, "n", *(metric.heading for metric in shown)]
+    return page.table(
+        headings, [[name, f"{s['n']:,}", *(metric_text(s, metric) for metric in shown)] for name, s in rows]
+    )
+
+
+def _transposed(tasks: list[tuple[str, Mapping[str, Any]]]) -> str:
+    """A row a metric: there are more of them than of tasks."""
+    rows = [["n", *(f"{summary['n']:,}" for _, summary in tasks)]]
+    rows += [[m.words, *(metric_text(summary, m, interval=True) for _, summary in tasks)] for m in METRICS]
+    return page.table(["", *(name for name, _ in tasks)], rows)
+
+
+def _asked(task: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of a task's summary that aren't metrics."""
+    metric_keys = {metric.key for metric in METRICS} | {"n"}
+    return {
+        key.replace("_", " "): value
+        for key, value in task.items()
+        if key not in metric_keys and isinstance(value, str | int | bool | float)
+    }

@@ -62,7 +62,9 @@ class Responses:
             seed=self.config.seed,
             clusters=row,  # the tokens of a response aren't independent
         )
-        panel = prepare_reliability(confidence, correct, bins=self.config.bins, title=self.name)
+        panel = prepare_reliability(
+            confidence, correct, bins=self.config.bins, title=self.name, ece_interval=top["ece_interval"]
+        )
         summary = {
             **top,
             # Over a whole vocabulary there is no list of choices to be judged one by one.

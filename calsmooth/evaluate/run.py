@@ -15,6 +15,7 @@ from calsmooth.evaluate.config import ChoicesConfig, EvaluateConfig
 from calsmooth.evaluate.ledger import Ledger
 from calsmooth.evaluate.next_token import TokenPredictor
 from calsmooth.evaluate.parallel import Processes, joined
+from calsmooth.evaluate.report import write_report
 from calsmooth.evaluate.responses import Responses
 from calsmooth.evaluate.scoring import Scorer
 from calsmooth.evaluate.task import Task, TaskData
@@ -23,7 +24,7 @@ from calsmooth.evaluate.tasks.responses import load_responses
 from calsmooth.evaluate.units import perform
 from calsmooth.files import write_json
 from calsmooth.models import load_model, load_tokenizer, model_fingerprint, model_label, pick_dtype
-from calsmooth.plots import Reliability, plot_reliability, save_figure
+from calsmooth.plots import Reliability
 from calsmooth.records import Prediction, write_predictions
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ DEFAULT_RESPONSE_LENGTH = 1024
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """`results` is what results.json holds; `folder` has predictions.jsonl, results.json, reliability.png and .svg.
+    """`results` is what results.json holds; `folder` has it, predictions.jsonl, reliability.png, .svg and report.html.
 
     panels: each task's part of the picture, for drawing it beside another run's.
     """
@@ -82,6 +83,7 @@ def _run(config: ChoicesConfig, processes: Processes) -> EvaluateResult:
     except KeyboardInterrupt:
         console.warn(f"interrupted; the same command with --resume --output {kept.folder} goes on")
         raise
+    scored = time.perf_counter()
 
     def finish() -> EvaluateResult:
         found = {task.name: task.result([records[unit.name] for unit in units[task.name]]) for task in tasks}
@@ -94,11 +96,12 @@ def _run(config: ChoicesConfig, processes: Processes) -> EvaluateResult:
             "model_hash": model_fingerprint(config.model, model),
             "dtype": str(dtype).removeprefix("torch."),
             "seconds": round(time.perf_counter() - started, 3),
+            "scoring_seconds": round(scored - started, 3),
             "peak_memory_bytes": peak_memory(device),
             **environment(device),
         }
         panels = {name: task.panel for name, task in found.items()}
-        _write(kept, results, predictions, panels)
+        _write(kept, results, predictions)
         return EvaluateResult(results, predictions, panels, kept.folder)
 
     return processes.by_first(finish)
@@ -138,17 +141,10 @@ def _ledger(
     return begin(config.output, f"evaluate-{model_label(config.model)}", key)
 
 
-def _write(
-    kept: Ledger,
-    results: Mapping[str, Any],
-    predictions: Sequence[Prediction],
-    panels: Mapping[str, Reliability],
-) -> None:
+def _write(kept: Ledger, results: Mapping[str, Any], predictions: Sequence[Prediction]) -> None:
     if predictions:
         write_predictions(kept.folder / "predictions.jsonl", predictions)
-    figure = plot_reliability(list(panels.values()))
-    for suffix in ("png", "svg"):
-        save_figure(figure, kept.folder / f"reliability.{suffix}")
+    write_report(kept.folder, results)
     write_json(kept.folder / "results.json", results)
     kept.close()
 

@@ -1,0 +1,285 @@
+"""The files of a comparison: tables in Markdown, CSV and LaTeX, pictures, and report.html."""
+
+import csv
+import io
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calsmooth import page
+from calsmooth.files import write_text
+from calsmooth.plots import (
+    BarGroup,
+    plot_bars,
+    plot_reliability,
+    plot_reliability_together,
+    save_figure,
+    stored_reliability,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+Summaries = Mapping[str, Mapping[str, Any]]  # task -> run's label -> summary
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric in the table. `better` is 1 where more is better, -1 where less is."""
+
+    heading: str
+    key: str
+    better: int
+
+
+COLUMNS = (
+    Column("Acc.", "accuracy", 1),
+    Column("ECE", "ece", -1),
+    Column("RMS", "rms_ce", -1),
+    Column("RMS*", "rms_ce_hendrycks_test", -1),
+)
+LEGEND = (
+    "ECE: 15 or --bins bins of equal width. RMS: root mean square over adaptive bins. RMS*: what the original MMLU "
+    "script calls RMS, to compare with published tables. Bold: the best of a column."
+)
+ON_TERMINAL = 3
+"""So many metrics of a task fit a terminal; the files have all."""
+BARS = {
+    "accuracy": "Accuracy",
+    "ece": "ECE",
+    "rms_ce": "RMS calibration error",
+    "sce": "SCE",
+    "ace": "ACE",
+    "smooth_ece": "smooth ECE",
+}
+CSV_KEYS: tuple[str, ...] = (
+    "n",
+    "accuracy",
+    "mean_confidence",
+    "ece",
+    "ece_if_calibrated",
+    "ece_equal_mass",
+    "smooth_ece",
+    "mce",
+)
+CSV_KEYS += ("rms_ce", "rms_ce_hendrycks_test", "sce", "ace", "brier", "nll", "auroc", "choice_mass")
+
+
+# --- the table like Table 1 ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    best: bool = False
+
+
+def prepare_cells(runs: Sequence[str], tasks: Summaries, columns: Sequence[Column] = COLUMNS) -> list[list[Cell]]:
+    """A row a run, `columns` for each task: three digits, the best of a column marked, a dash where there is nothing.
+
+    Equal to three digits is equally good.
+    """
+    rows: list[list[Cell]] = [[] for _ in runs]
+    for by_run in tasks.values():
+        for column in columns:
+            values = [by_run.get(run, {}).get(column.key) for run in runs]
+            rounded = [None if value is None else round(value, 3) for value in values]
+            known = [value for value in rounded if value is not None]
+            best = (max if column.better > 0 else min)(known) if len(known) > 1 else None
+            for row, value in zip(rows, rounded, strict=True):
+                row.append(Cell("-" if value is None else f"{value:.3f}", value is not None and value == best))
+    return rows
+
+
+def rich_tables(runs: Sequence[str], tasks: Summaries) -> "list[Table]":
+    """For the terminal: as many tasks side by side as its width holds, one such table after the other."""
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = COLUMNS[:ON_TERMINAL]
+    first, width, gap = max(map(len, ["run", *runs])), 7 * len(columns), 2
+    side_by_side = max(1, (shutil.get_terminal_size().columns - first) // (width + gap))
+    names = list(tasks)
+    shown = []
+    for start in range(0, len(names), side_by_side):
+        part = {name: tasks[name] for name in names[start : start + side_by_side]}
+        table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+        table.add_column("\nrun", no_wrap=True)
+        for name in part:
+            headings = "".join(f"{column.heading:>7}" for column in columns)
+            table.add_column(Text(f"{name:^{width}}\n{headings}"), no_wrap=True)
+        for run, row in zip(runs, prepare_cells(runs, part, columns), strict=True):
+            cells = [Text(f"{cell.text:>7}", style="bold" if cell.best else "") for cell in row]
+            of_task = [cells[i : i + len(columns)] for i in range(0, len(cells), len(columns))]
+            table.add_row(Text(run), *(Text.assemble(*group) for group in of_task))
+        shown.append(table)
+    return shown
+
+
+def markdown(runs: Sequence[str], tasks: Summaries) -> str:
+    headings = ["run", *(f"{task} {c.heading}" for task in tasks for c in COLUMNS)]
+    lines = [_md_row(headings), _md_row(["---"] + ["---:"] * (len(headings) - 1))]
+    for run, row in zip(runs, prepare_cells(runs, tasks), strict=True):
+        cells = [f"**{cell.text}**" if cell.best else cell.text for cell in row]
+        lines.append(_md_row([run.replace("|", "\\|"), *cells]))
+    return "\n".join([*lines, "", LEGEND.replace("*", "\\*"), ""]).replace("RMS* |", "RMS\\* |")
+
+
+def _md_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def latex(runs: Sequence[str], tasks: Summaries) -> str:
+    """A booktabs table, to be \\input in a table environment."""
+    size = len(COLUMNS)
+    groups = " & ".join(rf"\multicolumn{{{size}}}{{c}}{{{_tex(task)}}}" for task in tasks)
+    rules = " ".join(rf"\cmidrule(lr){{{2 + size * i}-{1 + size * (i + 1)}}}" for i in range(len(tasks)))
+    arrows = [rf"{_tex(c.heading)} $\{'up' if c.better > 0 else 'down'}arrow$" for c in COLUMNS]
+    lines = [
+        f"% {LEGEND}",
+        r"% \usepackage{booktabs}",
+        rf"\begin{{tabular}}{{l{'r' * (size * len(tasks))}}}",
+        r"\toprule",
+        rf" & {groups} \\",
+        rules,
+        " & ".join(["Model", *arrows * len(tasks)]) + r" \\",
+        r"\midrule",
+    ]
+    for run, row in zip(runs, prepare_cells(runs, tasks), strict=True):
+        cells = [rf"\textbf{{{cell.text}}}" if cell.best else cell.text.replace("-", "--") for cell in row]
+        lines.append(" & ".join([_tex(run), *cells]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _tex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
+
+
+def csv_text(runs: Sequence[str], tasks: Summaries) -> str:
+    """A line a run and task, every metric in full precision, intervals as _low and _high."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    bounds = [f"{key}_{end}" for key in ("accuracy", "ece") for end in ("low", "high")]
+    writer.writerow(["run", "task", *CSV_KEYS, *bounds])
+    for task, by_run in tasks.items():
+        for run in runs:
+            if run in by_run:
+                summary = by_run[run]
+                ends = [x for key in ("accuracy", "ece") for x in summary.get(f"{key}_interval") or (None, None)]
+                writer.writerow([run, task, *(summary.get(key) for key in CSV_KEYS), *ends])
+    return buffer.getvalue()
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def prepare_bars(runs: Sequence[str], tasks: Summaries) -> list[BarGroup]:
+    """Each metric of `BARS` in percent; metrics that no run has are left out."""
+    groups = []
+    for key, words in BARS.items():
+
+        def grid(pick: Any) -> Any:
+            return np.array([[pick(by_run.get(run, {})) for by_run in tasks.values()] for run in runs])
+
+        def value(summary: Mapping[str, Any], key: str = key) -> float:
+            found = summary.get(key)
+            return float("nan") if found is None else 100 * found
+
+        def end(which: int, key: str = key) -> Any:
+            return lambda summary: 100 * (summary.get(f"{key}_interval") or (float("nan"),) * 2)[which]
+
+        values = grid(value)
+        if np.isfinite(values).any():
+            groups.append(BarGroup(words, values, grid(end(0)), grid(end(1))))
+    return groups
+
+
+def figures(runs: Sequence[str], tasks: Summaries) -> "dict[str, Figure]":
+    """The pictures by their file's name."""
+    panels = {
+        task: {run: stored_reliability(by_run[run], run) for run in runs if "reliability" in by_run.get(run, {})}
+        for task, by_run in tasks.items()
+    }
+    panels = {task: by_run for task, by_run in panels.items() if by_run}
+    grid = [
+        None if run not in by_run else replace(by_run[run], title=f"{task}: {run}")
+        for task, by_run in panels.items()
+        for run in runs
+    ]
+    return {
+        "comparison": plot_bars(prepare_bars(runs, tasks), runs, list(tasks)),
+        "reliability-together": plot_reliability_together({t: list(p.values()) for t, p in panels.items()}),
+        "reliability": plot_reliability(grid, columns=len(runs)),
+    }
+
+
+# --- the files -------------------------------------------------------------------------------------------------------
+
+
+def write_files(folder: Path, results: Mapping[str, Any], tasks: Summaries) -> None:
+    """Everything but comparison.json, whose content `results` is. `tasks` has what that leaves out: the bins."""
+    runs = [run["label"] for run in results["runs"]]
+    write_text(folder / "table.md", markdown(runs, tasks))
+    write_text(folder / "table.csv", csv_text(runs, tasks))
+    write_text(folder / "table.tex", latex(runs, tasks))
+    drawn = figures(runs, tasks)
+    for name, figure in drawn.items():
+        for suffix in ("png", "svg"):
+            save_figure(figure, folder / f"{name}.{suffix}")
+    write_text(folder / "report.html", _page(results, tasks, drawn))
+
+
+def difference_lines(results: Mapping[str, Any]) -> list[str]:
+    """How each run differs from the first, in words."""
+    base = results["runs"][0]["label"]
+    lines = []
+    for task, by_run in results["differences"].items():
+        for run, change in by_run.items():
+            (acc, acc_low, acc_high), (ece, low, high) = change["accuracy"], change["ece"]
+            lines.append(
+                f"{task}: {run} against {base}: ECE {ece:+.3f} ({low:+.3f} to {high:+.3f}), "
+                f"accuracy {acc:+.3f} ({acc_low:+.3f} to {acc_high:+.3f})"
+            )
+    return lines
+
+
+def _page(results: Mapping[str, Any], tasks: Summaries, drawn: "Mapping[str, Figure]") -> str:
+    runs = [run["label"] for run in results["runs"]]
+    rows = prepare_cells(runs, tasks)
+    bold = [(r, c + 1) for r, row in enumerate(rows) for c, cell in enumerate(row) if cell.best]
+    main = page.table(
+        ["run", *(c.heading for _ in tasks for c in COLUMNS)],
+        [[run, *(cell.text for cell in row)] for run, row in zip(runs, rows, strict=True)],
+        bold=bold,
+        groups=[("", 1), *((task, len(COLUMNS)) for task in tasks)],
+        caption=LEGEND,
+    )
+    changes = difference_lines(results)
+    pieces = [page.section("Results", main, page.bullets(results["notes"]))]
+    if changes:
+        told = "Differences to the first run on the same questions, with 95 % intervals of a paired bootstrap."
+        pieces.append(page.section("Differences", page.paragraph(told), page.bullets(changes)))
+    pieces += [
+        page.section("Metrics", page.picture(drawn["comparison"], "bars: metrics by task and run")),
+        page.section(
+            "Reliability",
+            page.picture(drawn["reliability-together"], "accuracy against confidence, all runs of a task together"),
+            page.picture(drawn["reliability"], "reliability diagrams, one for each task and run"),
+        ),
+        page.section("Runs", page.table(["run", "model", "hash", "precision", "device", "folder"], _about(results))),
+    ]
+    return page.page("Calibration compared", ", ".join(runs), *pieces)
+
+
+def _about(results: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [r["label"], *(str(r.get(k, ""))[:n] for k, n in (("model", 200), ("model_hash", 12), ("dtype", 20))),
+         str(r.get("device", "")), r["folder"]]
+        for r in results["runs"]
+    ]  # fmt: skip
