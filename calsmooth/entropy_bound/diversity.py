@@ -86,7 +86,8 @@ class RunningCovariance:
         if d == 0:
             raise CalsmoothError("the hidden states are the same for every token; there is no diversity to measure")
         scale = variance[varies].rsqrt()
-        correlation = self.moments[varies][:, varies] / self.count * scale[:, None] * scale
+        correlation = self.moments[varies][:, varies]  # a copy, worked on in place: D may be 8192
+        correlation.mul_(scale).mul_(scale[:, None] / self.count)
         values = torch.linalg.eigvalsh(correlation).flip(0).clamp(min=0).numpy()
         share = values / values.sum()
         share = share[share > 0]

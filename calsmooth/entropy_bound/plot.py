@@ -39,7 +39,7 @@ class GapCurves:
 def prepare_gap_curves(vocab: tuple[int, ...], hidden: tuple[int, ...], rho: float) -> GapCurves:
     """The numbers of Figure 4 around the given sizes."""
     grid = np.geomspace(max(2.0, min(1_000, *vocab) / 1.3), 1.3 * max(1_000_000, *vocab), 300)
-    map_vocab = np.geomspace(20_000, 400_000, 120)
+    map_vocab = np.geomspace(20_000, 480_000, 120)
     map_hidden = np.geomspace(400, 10_000, 120)
     column = np.array(hidden, float)[:, None]
     return GapCurves(
@@ -125,7 +125,8 @@ def _plot_map(ax: "Axes", curves: GapCurves) -> None:
     for family in FAMILIES:
         for size, hidden in family.members:
             ax.plot(family.vocab, hidden, "o", color="white", markeredgecolor="black", markersize=5)
-            to_left = family.name not in ("Mistral", "Qwen2.5")  # so that no two labels meet
+            # So that no two labels meet.
+            to_left = family.name in ("SmolLM2", "Llama 3", "Gemma 2") or size in ("7B", "14B, 32B")
             ax.annotate(
                 f"{family.name} {size}",
                 (family.vocab, hidden),

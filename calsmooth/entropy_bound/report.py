@@ -63,6 +63,11 @@ def models_table(measured: "Sequence[MeasuredModel]") -> Table:
     """Quantities down, models across."""
     table = _table("", ("entropies in nats", *(one.label for one in measured)), left=(0,))
     table.title = None
+    table.caption_justify = "left"
+    table.caption = (
+        "centred: without the rows' mean, which softmax doesn't see. a chosen h: along a token's row in the head, as "
+        "long as the text's median h; probed tokens: those whose rows were tried."
+    )
     reports = [one.report for one in measured]
 
     def section(name: str) -> None:
@@ -75,49 +80,49 @@ def models_table(measured: "Sequence[MeasuredModel]") -> Table:
 
     section("The head and its hidden states")
     row("vocabulary x hidden size", lambda r: f"{r['vocab']:,} x {r['hidden']}")
-    row("sigma_C; with the rows' mean taken off", lambda r: "{sigma_c:.1f}; {sigma_c_centred:.1f}".format(**r["head"]))
+    row("sigma_C; of the centred head", lambda r: "{sigma_c:.1f}; {sigma_c_centred:.1f}".format(**r["head"]))
     row(
-        "sigma_h: largest |h_i|; of 99 % of tokens",
+        "sigma_h; of 99 % of tokens",
         lambda r: "{sigma_h:.1f}; {sigma_h_q99:.1f}".format(**r["hidden_states"]),
     )
     row("||h||: median; longest", lambda r: "{median:.1f}; {max:.1f}".format(**r["hidden_states"]["norm"]))
     row("rho = sigma_C sigma_h", lambda r: f"{r['rho']:.4g}")
     section("Floors")
     row("Theorem 4.2", lambda r: _nats(r["entropy_lower_bound"], r["entropy_lower_bound_log10"]))
-    row("with the rows' mean taken off", lambda r: _nats(r["floors"]["centred"], r["floors"]["centred_log10"]))
+    row("with the head centred", lambda r: _nats(r["floors"]["centred"], r["floors"]["centred_log10"]))
     row(
-        "the median token's, from its own ||h||",
+        "median token's, by ||h||",
         lambda r: _nats(r["floors"]["token"]["median"], r["floors"]["token_median_log10"]),
     )
-    row("attained by a hidden state made for it", lambda r: f"{r['attained']['entropy']:.2g}")
+    row("attained by a chosen h", lambda r: f"{r['attained']['entropy']:.2g}")
     section("Entropies on the text")
     row("predictions", lambda r: f"{r['calibration']['n']:,}")
-    row("least; median", lambda r: "{min:.2g}; {median:.3g}".format(**r["entropy"]))
-    row("10 % below; 90 % below", lambda r: "{q10:.2g}; {q90:.3g}".format(**r["entropy"]))
+    row("least; median", lambda r: "{min:.2g}; {median:.2g}".format(**r["entropy"]))
+    row("10 % below; 90 % below", lambda r: "{q10:.2g}; {q90:.2g}".format(**r["entropy"]))
     row("mean; log |V|", lambda r: f"{r['entropy']['mean']:.3g}; {r['entropy_upper_bound']:.2f}")
     section("How loose the theorem is")
     row("least on the text - floor", lambda r: f"{r['looseness']['text_minimum']:.2g}")
-    row("mean of entropy - the token's floor", lambda r: f"{r['looseness']['token_mean']:.3g}")
-    row("for the head itself, at most", lambda r: f"{r['looseness']['head_at_most']:.2g}")
+    row("mean of entropy - own floor", lambda r: f"{r['looseness']['token_mean']:.3g}")
+    row("for the head itself, up to", lambda r: f"{r['looseness']['head_at_most']:.2g}")
     section("Feature diversity (Lemma 3.1)")
     row("least singular value", _least_singular_value)
-    row("of independent features, on so many tokens", lambda r: _optional(r["diversity"]["smallest_if_independent"]))
+    row("if features were independent", lambda r: _optional(r["diversity"]["smallest_if_independent"]))
     row("effective rank, of features", lambda r: "{effective_rank:.1f}, {features}".format(**r["diversity"]))
     section("Calibration of the next token")
     row("accuracy; mean confidence", lambda r: "{accuracy:.3f}; {confidence:.3f}".format(**r["calibration"]))
-    row("ECE; of a calibrated model, by chance", lambda r: "{ece:.3f}; {sampling:.3f}".format(**r["calibration"]))
-    row("over-confident; under-confident part", lambda r: "{over:.3f}; {under:.3f}".format(**r["calibration"]))
+    row("ECE; by chance if calibrated", lambda r: "{ece:.3f}; {sampling:.3f}".format(**r["calibration"]))
+    row("over-; under-confident part", lambda r: "{over:.3f}; {under:.3f}".format(**r["calibration"]))
     for i, first in enumerate(reports[0]["smoothing"]):
 
         def row_of_beta(name: str, show: Callable[[Report], str], i: int = i) -> None:
             row(name, lambda r: show(r["smoothing"][i]))
 
-        section(f"Label smoothing with beta = {first['beta']:g}")
-        row_of_beta("its target: probability; entropy H*", lambda s: f"{s['confidence']:.4f}; {s['entropy']:.3f}")
-        row_of_beta("H* - floor: over-confidence there is room for", lambda s: f"{s['excess']:.3f}")
-        row_of_beta("probed tokens that can get more than its target", lambda s: f"{s['can_reach']:.0%}")
-        row_of_beta("predictions on the text above its target", lambda s: f"{s['above']:.1%}")
-        row_of_beta("of the ECE, it could take away at most", lambda s: f"{s['addressable']:.3f}")
+        section(f"Smoothing, beta = {first['beta']:g}")
+        row_of_beta("target: probability; H*", lambda s: f"{s['confidence']:.4f}; {s['entropy']:.3f}")
+        row_of_beta("H* - floor: room to restrain", lambda s: f"{s['excess']:.3f}")
+        row_of_beta("probed tokens able to exceed", lambda s: f"{s['can_reach']:.0%}")
+        row_of_beta("predictions above its target", lambda s: f"{s['above']:.1%}")
+        row_of_beta("addressable part of ECE", lambda s: f"{s['addressable']:.3f}")
     return table
 
 

@@ -145,6 +145,7 @@ def report(m: Measurement, c: Calibration, betas: tuple[float, ...]) -> dict[str
             "constant_features": m.diversity.constant,
             "smallest_singular_value": m.diversity.smallest,
             "smallest_if_independent": m.diversity.independent_smallest,
+            "lemma_3_1_term": m.diversity.features / m.diversity.smallest if m.diversity.smallest else None,
             "effective_rank": m.diversity.effective_rank,
         },
         "calibration": asdict(c),
