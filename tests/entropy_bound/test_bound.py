@@ -11,6 +11,7 @@ from calsmooth.entropy_bound.bound import (
     entropy_bound,
     entropy_bound_asymptote,
     least_entropy_logits,
+    log_entropy_bound,
     logit_norm_bound,
     max_probability,
     normalized_entropy_gap,
@@ -64,6 +65,17 @@ def test_a_grid_over_the_whole_range_stays_within_a_trillionth():
             for radius in (0.0, 1e-9, 0.1, 1, 5, 10, 12.4, 12.5, 20, 50, 100, 300, 450):
                 errors.append(relative_error(entropy_bound(vocab, 1, radius), equation_14(vocab, 1, radius)))
     assert max(errors) < 1e-12
+
+
+@settings(max_examples=200, deadline=None)
+@given(vocabs, st.one_of(st.floats(0, 800), st.floats(0, 1e6)))
+def test_the_logarithm_goes_on_where_the_bound_underflows(vocab, radius):
+    with mpmath.workdps(50):
+        V = mpmath.mpf(vocab)
+        x = mpmath.mpf(radius) * mpmath.sqrt(V / (V - 1))
+        odds = (V - 1) * mpmath.exp(-x)
+        exact = mpmath.log(mpmath.log1p(odds) + x * odds / (1 + odds))
+        assert float(log_entropy_bound(vocab, 1, radius)) == pytest.approx(float(exact), rel=1e-13, abs=1e-12)
 
 
 @settings(max_examples=300, deadline=None)
