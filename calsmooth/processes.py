@@ -94,6 +94,17 @@ class Processes:
         dist.all_gather_object(values, value, group=self.words)
         return values
 
+    def summed(self, *numbers: float) -> list[float]:
+        """Each number's sum over the processes, the same in all of them."""
+        if self.count == 1:
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(sums, group=self.words)
+        return sums.tolist()
+
+
+ALONE = Processes()
+
 
 def started() -> int:
     """How many processes a launcher says that it started."""
@@ -114,7 +125,7 @@ def joined(device_name: str | None = "cpu") -> Iterator[Processes]:
         yield _joined
         return
     if started() == 1:
-        yield Processes()
+        yield ALONE
         return
     if pick_device(device_name).type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

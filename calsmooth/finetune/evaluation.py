@@ -12,7 +12,9 @@ from torch import Tensor
 
 from calsmooth.data import Example
 from calsmooth.finetune.head import STATISTICS
+from calsmooth.finetune.loading import BLANK, own_share
 from calsmooth.metrics import expected_calibration_error
+from calsmooth.processes import ALONE, Processes
 
 LARGEST_SHARE = 0.1
 """Of a data set, at most so much is held out."""
@@ -32,8 +34,9 @@ def measure(
     batch_size: int,
     device: torch.device,
     filtered: bool = False,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
-    """Calibration of the predictions of the examples' target tokens, as plain numbers.
+    """Calibration of the predictions of the examples' target tokens, as plain numbers; processes share the batches.
 
     model: patched by `calsmooth.finetune.head.fused_loss`; its mode is kept, and no random number is drawn.
 
@@ -46,11 +49,12 @@ def measure(
     try:
         found = [
             model(**batch, measure=True)["statistics"].cpu()
-            for batch in _batches(examples, collate, batch_size, device)
+            for batch in _batches(examples, collate, batch_size, device, processes)
         ]
     finally:
         model.train(training)
-    rows = dict(zip(STATISTICS, torch.cat(found, dim=1).double().numpy(), strict=True))
+    together = torch.cat([part for parts in processes.shared(found) for part in parts], dim=1)
+    rows = dict(zip(STATISTICS, together.double().numpy(), strict=True))
     return summarize(rows, filtered)
 
 
@@ -75,8 +79,10 @@ def _batches(
     collate: Callable[[Sequence[Example]], dict[str, Tensor]],
     batch_size: int,
     device: torch.device,
+    processes: Processes,
 ) -> Iterator[dict[str, Tensor]]:
-    """Longest first, alike lengths together."""
+    """This process's: longest first, alike lengths together; where it has none in the last round, a blank."""
     ordered = sorted((examples[i] for i in range(len(examples))), key=lambda e: -len(e.input_ids))
-    for start in range(0, len(ordered), batch_size):
-        yield {name: t.to(device) for name, t in collate(ordered[start : start + batch_size]).items()}
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    for batch in own_share(batches, processes, [BLANK]):
+        yield {name: t.to(device) for name, t in collate(batch).items()}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
 from calsmooth.environment import peak_memory
@@ -18,6 +19,7 @@ from calsmooth.files import read_json
 from calsmooth.finetune.order import EpochOrder
 from calsmooth.finetune.stopping import StopRequest
 from calsmooth.finetune.stream import StepStream
+from calsmooth.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState
@@ -49,10 +51,16 @@ class Meter(TrainerCallback):
     """Watches every step: its tokens, its loss, whether it may be taken."""
 
     def __init__(
-        self, order: EpochOrder | StepStream, stop: StopRequest, *, vocabulary: int, max_loss: float | None
+        self,
+        order: EpochOrder | StepStream,
+        stop: StopRequest,
+        *,
+        vocabulary: int,
+        max_loss: float | None,
+        processes: Processes = ALONE,
     ) -> None:
         """vocabulary: tokens. max_loss: a token, above which a step isn't taken (None: see EXPLODED)."""
-        self.order, self.stop = order, stop
+        self.order, self.stop, self.processes = order, stop, processes
         self.nothing_known, self.max_loss = math.log(vocabulary), max_loss
         self.tokens = 0  # of the whole run
         self.loss, self.kept_mass, self.last_tokens = 0.0, 0.0, 0  # summed since the last line; tokens until then
@@ -61,6 +69,7 @@ class Meter(TrainerCallback):
         self.step_loss: Tensor | float = 0.0
         self.step_kept_mass: Tensor | float | None = None
         self.micro_batches: list[MicroBatch] = []
+        self.stopping = False
         self.earlier_seconds = 0.0
         self.started = self.last_time = time.perf_counter()
 
@@ -135,9 +144,14 @@ class Meter(TrainerCallback):
         self, args: TrainingArguments, state: "TrainerState", control: "TrainerControl", **given: Any
     ) -> None:
         # Before the update, so that neither the weights nor a checkpoint ever take a bad step.
-        gradients = [p.grad for p in given["model"].parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        loss = float(self.step_loss) / max(int(self.step_tokens), 1)
+        norm = _total_norm([p.grad for p in given["model"].parameters() if p.grad is not None])
+        # From here on all processes know the same, and decide alike.
+        self.step_loss, kept_mass, asked = self.processes.summed(
+            float(self.step_loss), float(self.step_kept_mass or 0.0), self.stop.signal is not None
+        )
+        self.step_kept_mass = None if self.step_kept_mass is None else kept_mass
+        self.stopping = asked > 0
+        loss = self.step_loss / max(int(self.step_tokens), 1)
         self.first_loss = loss if self.first_loss is None else self.first_loss
         limit = self.max_loss or EXPLODED * max(self.nothing_known, self.first_loss)
         if math.isfinite(norm) and loss <= limit:
@@ -157,8 +171,14 @@ class Meter(TrainerCallback):
         if state.global_step == state.max_steps:
             control.should_log = True
             control.should_evaluate = args.eval_strategy != "no"
-        elif self.stop.signal is not None:
+        elif self.stopping:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: "TrainerState", control: "TrainerControl", **_: Any) -> None:
         self.paused()
+
+
+def _total_norm(gradients: list[Tensor]) -> float:
+    """Also of gradients that are sharded over processes."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

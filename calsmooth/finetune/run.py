@@ -168,6 +168,7 @@ def _train(
             evaluation=plan.evaluation,
             filtered=config.loss_mode == "filtered",
             max_loss=config.max_loss,
+            batch_size=int(config.batch_size or 0),
         )
         if "tensorboard" in config.report_to:
             trainer.add_callback(tensorboard(folder, done))

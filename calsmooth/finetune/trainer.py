@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -22,10 +24,12 @@ from calsmooth.errors import CalsmoothError
 from calsmooth.finetune.batches import Collate
 from calsmooth.finetune.checkpoints import PREFIX, brief, checkpoints, publish, readable, remove_checkpoints
 from calsmooth.finetune.evaluation import measure
+from calsmooth.finetune.loading import loader
 from calsmooth.finetune.meter import Meter
 from calsmooth.finetune.order import EpochOrder
 from calsmooth.finetune.stopping import StopRequest
 from calsmooth.finetune.stream import StepStream
+from calsmooth.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,12 +54,16 @@ class SFTTrainer(Trainer):
         evaluation: Sequence[Example] = (),
         filtered: bool = False,
         max_loss: float | None = None,
+        batch_size: int,
+        processes: Processes = ALONE,
     ) -> None:
-        """order: in which the examples come; a stream is its own. collate: makes a batch of them. record: called with the values of each
-        line of metrics.jsonl. evaluation: the examples that are measured. filtered: the loss tells the mass that its
-        gradients keep. max_loss: see `calsmooth.finetune.meter.Meter`.
+        """order: in which the examples come; a stream is its own. collate: makes a batch of them. record: called with
+        the values of each line of metrics.jsonl. evaluation: the examples that are measured. filtered: the loss tells
+        the mass that its gradients keep. max_loss: see `calsmooth.finetune.meter.Meter`. batch_size: examples of a
+        step, over all micro-batches of all processes.
         """
-        self.order, self.collate, self.evaluation = order, collate, evaluation
+        self.examples, self.order, self.collate, self.evaluation = examples, order, collate, evaluation
+        self.batch_size, self.processes = batch_size, processes
         super().__init__(
             model=model,
             args=arguments,
@@ -72,7 +80,7 @@ class SFTTrainer(Trainer):
         self.keep_last = keep_last
         self.record, self.filtered = record, filtered
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        self.meter = Meter(self.order, stop, vocabulary=vocabulary, max_loss=max_loss)
+        self.meter = Meter(self.order, stop, vocabulary=vocabulary, max_loss=max_loss, processes=processes)
         self.add_callback(self.meter)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -83,8 +91,35 @@ class SFTTrainer(Trainer):
                     self.order.load(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return self.order
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        # Not accelerate's, which shares out an epoch so that all processes have equally many whole micro-batches:
+        # it takes examples of the beginning again at the end, and two processes would train on other steps than one.
+        return loader(
+            self.examples,
+            self.order,
+            self.collate,
+            batch_size=self.batch_size,
+            micro_batch=self.args.per_device_train_batch_size,
+            processes=self.processes,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate hands its plugin to GPUs only; processors shard as well.
+            state = self.accelerator.state
+            state.distributed_type = DistributedType.FSDP
+            state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def gathered_weights(self) -> dict[str, Tensor] | None:
+        """Where processes hold shards: all weights in the first process, by name, and nothing in the others (each has
+        to ask). None where the model holds its own.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return None
+        return self.accelerator.get_state_dict(self.model_wrapped)
 
     def compute_loss(
         self,
@@ -101,6 +136,8 @@ class SFTTrainer(Trainer):
         if self.loss_reduction == "mean":
             # A tensor stays one: its number would have to be waited for.
             loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+        # Gradients are averaged over the processes; theirs is a sum.
+        loss = loss * self.processes.count
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -121,6 +158,7 @@ class SFTTrainer(Trainer):
                 self.args.per_device_train_batch_size,
                 self.args.device,
                 self.filtered,
+                self.processes,
             )
         self.log(values)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, values)
@@ -146,11 +184,14 @@ class SFTTrainer(Trainer):
         self.args.output_dir = str(staging)
         try:
             super()._save_checkpoint(model, trial)
-            self.meter.save(staging / name)
-            if isinstance(self.order, StepStream):
-                self.order.save(staging / name, self.state.global_step)
-            publish(staging / name, folder / name)
-            remove_checkpoints(folder, keep=max(self.keep_last, 1))
+            self.processes.shared(None)  # every process has written its part
+            if self.processes.first:
+                self.meter.save(staging / name)
+                if isinstance(self.order, StepStream):
+                    self.order.save(staging / name, self.state.global_step)
+                publish(staging / name, folder / name)
+                remove_checkpoints(folder, keep=max(self.keep_last, 1))
+            self.processes.shared(None)  # it has its name
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CalsmoothError(
                 f"checkpoint of step {self.state.global_step} could not be written to {folder} ({brief(error)}); "
@@ -158,7 +199,8 @@ class SFTTrainer(Trainer):
             ) from error
         finally:
             self.args.output_dir = str(folder)
-            shutil.rmtree(staging, ignore_errors=True)
+            if self.processes.first:
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 def _earlier(folder: Path) -> str:
