@@ -29,7 +29,8 @@ def resolve_model(name: str) -> str:
         return str(MODEL_FOLDER)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        # A folder with adapters alone says which model they belong to.
+        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise UsageError(f"--model {name}: the folder has no config.json; expected a Hugging Face model folder")
         return str(path)
     if path.exists():

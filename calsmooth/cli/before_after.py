@@ -5,11 +5,9 @@ side, and both in the model card.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from calsmooth import console
@@ -61,24 +59,11 @@ def what_to_measure(config: FinetuneConfig) -> EvaluateConfig | None:
         raise UsageError(str(error).replace("--task", "--eval-task").replace("--limit", "--eval-limit")) from None
 
 
-@contextmanager
-def measured_before(measuring: EvaluateConfig | None, run_folder: Path | None) -> Iterator[Path | None]:
-    """A folder with the old model's results, to be moved into the run's; None where there is nothing to move.
-
-    Done before anything else, so that missing questions show before hours of training. run_folder: of the run that is
-    gone on with, if any.
-    """
-    if measuring is None or (run_folder is not None and (run_folder / BEFORE / RESULTS).exists()):
-        yield None
-        return
-    with TemporaryDirectory(prefix="calsmooth-") as scratch:
-        yield _evaluate(measuring, Path(scratch) / BEFORE, "Before")
-
-
-def move_into(before: Path | None, folder: Path) -> None:
-    if before is not None:
-        shutil.rmtree(folder / BEFORE, ignore_errors=True)  # of an evaluation that was interrupted
-        shutil.move(before, folder / BEFORE)
+def measure_before(measuring: EvaluateConfig, run_folder: Path | None, scratch: Path) -> list[Path]:
+    """A folder below `scratch` with the old model's results; none where the run that is gone on with has them."""
+    if run_folder is not None and (run_folder / BEFORE / RESULTS).exists():
+        return []
+    return [_evaluate(measuring, scratch / BEFORE, "Before")]
 
 
 def measure_after(measuring: EvaluateConfig, folder: Path, model: Path) -> Evaluations:

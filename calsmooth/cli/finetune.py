@@ -1,8 +1,8 @@
 """`calsmooth finetune`."""
 
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from calsmooth import console
@@ -33,7 +33,9 @@ def finetune(config: FinetuneConfig, output: Output) -> None:
     run for every combination, compared at the end.
     """
     if config.dry_run:
-        _show_plan(config, output)
+        from calsmooth.cli.plan import show_plan
+
+        show_plan(config, output)
         return
     outcome = _run(config)
     from rich.console import Group
@@ -64,8 +66,7 @@ def _run(config: FinetuneConfig) -> Outcome:
         PICTURE,
         before_after_table,
         measure_after,
-        measured_before,
-        move_into,
+        measure_before,
         what_to_measure,
     )
 
@@ -76,11 +77,13 @@ def _run(config: FinetuneConfig) -> Outcome:
     from calsmooth.finetune.resume import find_run
     from calsmooth.finetune.run import run
 
-    with measured_before(measuring, find_run(config) if config.resume else None) as before:
+    going_on = find_run(config) if config.resume else None
+    with TemporaryDirectory(prefix="calsmooth-") as scratch:
 
-        def on_start(plan: "Plan", probe: "ProbeResult", folder: Path) -> None:
-            move_into(before, folder)
+        def on_start(plan: "Plan", probe: "ProbeResult") -> list[Path]:
             _announce(plan, probe)
+            # Before hours of training, so that missing questions show.
+            return measure_before(measuring, going_on, Path(scratch)) if measuring is not None else []
 
         result = run(config, on_start)
     outcome = Outcome(result, {}, [*_summary_lines(result.summary)], [str(result.folder / "loss.png")])
@@ -97,7 +100,10 @@ def _run(config: FinetuneConfig) -> Outcome:
 
 def _announce(plan: "Plan", probe: "ProbeResult") -> None:
     """Before the first step: what the run comes to, and that the fused loss is this model's own."""
-    console.say(_plan_line(plan))
+    from calsmooth.cli.plan import plan_lines, warn_of_bad_rows
+
+    warn_of_bad_rows(plan)
+    console.say("\n".join(plan_lines(plan)))
     difference = max(probe.loss, probe.head_gradient, probe.decoder_gradient)
     console.say(f"Checked: the fused loss and its gradients are those of the model's own logits, to {difference:.0e}.")
 
@@ -116,57 +122,3 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
             f"ECE from {was['eval_ece']:.4f} to {now['eval_ece']:.4f}."
         )
     return lines
-
-
-def _show_plan(config: FinetuneConfig, output: Output) -> None:
-    from rich.console import Group
-    from rich.text import Text
-
-    from calsmooth.data import IGNORED
-    from calsmooth.finetune.plan import prepare
-
-    plan, tokenizer = prepare(config)
-    example = plan.examples.examples[0]
-    text = Text()
-    # Stretches, not tokens, are decoded: a character may be made of several tokens.
-    for ignored, stretch in groupby(range(len(example.labels)), key=lambda i: example.labels[i] == IGNORED):
-        text.append(
-            str(tokenizer.decode([example.input_ids[i] for i in stretch])), style="dim" if ignored else "bold green"
-        )
-    shown: list[Any] = [
-        Text(plan.config.to_yaml()),
-        Text("The first example; what is dim is read, what is bold is learned:", style="italic"),
-        text,
-        Text(),
-        _plan_line(plan),
-    ]
-    output.show(
-        Group(*shown),
-        result={
-            "config": plan.config.to_dict(),
-            "rows": plan.examples.rows,
-            "rows_bad": plan.examples.bad,
-            "rows_dropped": plan.examples.dropped,
-            "rows_truncated": plan.examples.truncated,
-            "format": plan.examples.format,
-            "template": plan.examples.template,
-            "tokens": sum(len(e.input_ids) for e in plan.examples.examples),
-            "target_tokens": plan.target_tokens,
-            "micro_batch_size": plan.micro_batch,
-            "accumulation": plan.accumulation,
-            "steps": plan.steps,
-        },
-    )
-
-
-def _plan_line(plan: "Plan") -> str:
-    e = plan.examples
-    left_out = {"bad": e.bad, "without a response within --max-length": e.dropped}
-    notes = [f"{n:,} {why} left out" for why, n in left_out.items() if n]
-    notes += [f"{e.truncated:,} cut at --max-length"] if e.truncated else []
-    more = f" ({', '.join(notes)})" if notes else ""
-    return (
-        f"{e.rows:,} rows{more}, format {e.format}, template {e.template}: "
-        f"{sum(len(x.input_ids) for x in e.examples):,} tokens, {plan.target_tokens:,} of them targets.\n"
-        f"{plan.steps:,} steps of {plan.config.batch_size} examples ({plan.accumulation} x {plan.micro_batch})."
-    )

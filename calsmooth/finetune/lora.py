@@ -5,6 +5,7 @@ head is refused: the loss multiplies hidden states by one (V, D) matrix, and the
 made anew, as a whole, in every micro-batch. Training the head itself (no --lora-rank) costs less.
 """
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,16 +38,17 @@ def add_adapters(model: "PreTrainedModel", config: FinetuneConfig, dtype: torch.
     if folder.is_dir():
         # Written into the adapter's configuration, from which it finds its model: it may be loaded from elsewhere.
         model.name_or_path = str(folder.resolve())
-    return get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=rank,
-            lora_alpha=2 * rank if config.lora_alpha is None else config.lora_alpha,  # type: ignore[arg-type]
-            lora_dropout=config.lora_dropout,
-            target_modules=ALL if targets == [ALL] else targets,
-        ),
+    adapters = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=2 * rank if config.lora_alpha is None else config.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        target_modules=ALL if targets == [ALL] else targets,
     )
+    with warnings.catch_warnings():
+        # peft asks transformers for a name that is about to go.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        return get_peft_model(model, adapters)
 
 
 def merged(model: Any) -> "PreTrainedModel":

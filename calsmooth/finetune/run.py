@@ -7,7 +7,8 @@ card), summary.json, and COMPLETED last of all.
 import dataclasses
 import os
 import random
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +65,12 @@ class FinetuneResult:
 
 def run(
     config: FinetuneConfig,
-    on_start: Callable[[Plan, ProbeResult, Path], None] = lambda plan, probe, folder: None,
+    on_start: Callable[[Plan, ProbeResult], Iterable[Path]] = lambda plan, probe: (),
 ) -> FinetuneResult:
     """Fine-tune and write the run folder; with config.resume go on with one.
 
-    on_start: called with the run's folder before the first step.
+    on_start: called before the first step, when everything that can be refused has been; the files and folders that it
+        gives are moved into the run's folder.
 
     Raises:
         UsageError: the folder, an option or a path isn't as it has to be.
@@ -94,6 +96,7 @@ def run(
         check_same_data(plan, folder)
     model, trained, found = _models(plan, tokenizer, device)
     plan = plan.with_micro_batch(_micro_batch(plan, model, trained, tokenizer, device))
+    given = on_start(plan, found)
     if folder is None:
         folder = run_folder(config.output, config.default_name())
         write_text(folder / "config.yaml", dataclasses.replace(plan.config, output=folder, resume=False).to_yaml())
@@ -101,7 +104,9 @@ def run(
         write_data_summary(plan, folder)
     else:
         remove_half_written(folder)
-    on_start(plan, found, folder)
+    for path in given:
+        shutil.rmtree(folder / path.name, ignore_errors=True)  # what a killed process left half-done
+        shutil.move(path, folder / path.name)
     checkpoint = next(reversed(checkpoints(folder / "checkpoints")), None)
     summary = _train(plan, model, trained, tokenizer, folder, checkpoint, device)
     summary["probe"] = vars(found)
