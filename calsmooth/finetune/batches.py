@@ -80,6 +80,11 @@ def pack(lengths: Sequence[int]) -> list[list[int]]:
     return min(candidates, key=lambda rows: packed_size(lengths, rows))
 
 
+def padded_size(lengths: Sequence[int]) -> int:
+    """Tokens of the batch with an example a row, padding included."""
+    return len(lengths) * _multiple_of_8(max(lengths))
+
+
 def packed_size(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> int:
     """Tokens of the batch, padding included."""
     return len(rows) * _multiple_of_8(max(sum(lengths[i] for i in row) for row in rows))

@@ -239,7 +239,7 @@ class FinetuneConfig(Settings):
     micro_batch_size: int | None = setting(
         None,
         "Examples at once; changes speed and memory only.",
-        shown_default="as many as fit",
+        shown_default="the fastest that fits",
         minimum=1,
         panel=COMPUTE,
     )
@@ -255,6 +255,13 @@ class FinetuneConfig(Settings):
         "Precision of the computation (weights and optimizer stay float32; weights under adapters don't).",
         shown_default="bfloat16 on GPUs that have it, else float32",
         choices=("float32", "bfloat16"),
+        panel=COMPUTE,
+    )
+    parallel: str | None = setting(
+        None,
+        "What several processes (torchrun) do: ddp, each holds the model; fsdp and zero3 (DeepSpeed), each holds a part.",
+        shown_default="as accelerate launch says, else ddp",
+        choices=("ddp", "fsdp", "zero3"),
         panel=COMPUTE,
     )
     device: str | None = setting(None, "cpu, cuda, mps.", shown_default="the first GPU", panel=COMPUTE)

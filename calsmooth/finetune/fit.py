@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = {"cpu": 2048, "mps": 4096, "cuda": 65536}
 """More gains no speed, on the processors and GPUs that we know."""
 
+BUSY_TOKENS = {"cpu": 128, "mps": 1024, "cuda": 4096}
+"""Fewer take hardly less time: the processor waits for its instructions."""
+
 OPTIMIZER_BYTES = 8
 """AdamW's two float32 moments of one parameter, which don't exist yet while sizes are tried; others need less."""
 
@@ -46,6 +49,17 @@ def packed_tokens(step_tokens: int, size: int, batch_size: int, longest: int) ->
     return min(step_tokens * size // batch_size + longest, size * longest)
 
 
+def fastest(candidates: Sequence[int], tokens: Callable[[int], Sequence[int]], device_type: str) -> list[int]:
+    """The candidate that takes the least time, and after it the smaller ones, should it not fit.
+
+    Large micro-batches keep the processor busy, and hold more padding. tokens: those of each micro-batch of a size,
+    padding included, over the same steps for every size.
+    """
+    busy = BUSY_TOKENS.get(device_type, BUSY_TOKENS["cpu"])
+    best = min(candidates, key=lambda size: sum(max(count, busy) for count in tokens(size)))
+    return [size for size in candidates if size <= best]
+
+
 def enable_gradient_checkpointing(model: "PreTrainedModel") -> None:
     """Activations are made again in the backward pass instead of being kept.
 
@@ -69,8 +83,8 @@ def largest_that_fits(
 ) -> int:
     """The first candidate whose heaviest micro-batch goes forward and backward on the model's GPU.
 
-    heaviest: gives that micro-batch's examples. model: with the fused loss plugged in, in training mode; its gradients are empty afterwards. Random numbers drawn
-    here are given back.
+    heaviest: gives that micro-batch's examples. model: with the fused loss plugged in, in training mode; its gradients
+    are empty afterwards. Random numbers drawn here are given back.
 
     Raises:
         CalsmoothError: a single example doesn't fit.

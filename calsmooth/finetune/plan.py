@@ -1,6 +1,7 @@
 """What a configuration comes to on its data: examples, steps and the sizes of batches, before a model is loaded."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +12,10 @@ import numpy as np
 from calsmooth.data import IGNORED, Example, ExampleSet, load_example_set
 from calsmooth.data.stream import ExampleStream
 from calsmooth.errors import UsageError
+from calsmooth.finetune.batches import pack, packed_size, padded_size
 from calsmooth.finetune.config import FinetuneConfig
 from calsmooth.finetune.evaluation import choose_held_out
-from calsmooth.finetune.fit import micro_batch_candidates, packed_tokens
+from calsmooth.finetune.fit import fastest, micro_batch_candidates, packed_tokens
 from calsmooth.finetune.order import EpochOrder
 from calsmooth.finetune.stream import StepStream
 from calsmooth.models import load_tokenizer, pick_device, pick_dtype
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 SAMPLE = 256
 """Examples of a stream that are looked at before training, at most."""
+
+STEPS_LOOKED_AT = 8
+"""For the share of padding."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Plan:
     held_out: Sequence[int] = ()  # indices of examples that aren't trained on
     evaluation: Sequence[Example] = ()  # what is measured during training
     step_tokens: int | None = None  # of the step that has the most, where examples are packed
+    processes: int = 1  # that share each step
     endless: ExampleStream | None = None  # what is trained on with --streaming, of which `examples` is the beginning
 
     @cached_property
@@ -73,11 +79,18 @@ class Plan:
 
     @property
     def accumulation(self) -> int:
-        return int(self.config.batch_size or 0) // self.micro_batch
+        """Micro-batches of a step, one after the other in each process."""
+        return int(self.config.batch_size or 0) // (self.micro_batch * self.processes)
 
     def with_micro_batch(self, size: int) -> "Plan":
         config = dataclasses.replace(self.config, micro_batch_size=size)
         return dataclasses.replace(self, config=config, micro_batches=[size])
+
+    def padding_share(self, packing: bool) -> float:
+        """Share of the tokens that the model reads which is padding, packed or not, over the first few steps."""
+        config = dataclasses.replace(self.config, packing=packing)
+        read = tokens_read(config, self.examples, self.held_out, self.micro_batch)
+        return 1.0 - read.tokens / sum(read.micro_batches)
 
     def heaviest(self, size: int) -> list[Example]:
         """A micro-batch of `size` examples that needs at least as much memory as any in the run."""
@@ -93,8 +106,8 @@ class Plan:
         return [examples[int(i)] for i in longest]
 
 
-def prepare(config: FinetuneConfig) -> "tuple[Plan, PreTrainedTokenizerBase]":
-    """Read the data and work out steps and batch sizes; no model is loaded.
+def prepare(config: FinetuneConfig, processes: int = 1) -> "tuple[Plan, PreTrainedTokenizerBase]":
+    """Read the data and work out steps and batch sizes; no model is loaded. processes: that share each step.
 
     Raises:
         UsageError, CalsmoothError: the data, the tokenizer or the batch sizes can't be as asked.
@@ -102,10 +115,7 @@ def prepare(config: FinetuneConfig) -> "tuple[Plan, PreTrainedTokenizerBase]":
     _check_streaming(config)
     config = config.resolve()
     device = pick_device(config.device)
-    if config.micro_batch_size and int(config.batch_size or 0) % config.micro_batch_size:
-        raise UsageError(
-            f"--micro-batch-size {config.micro_batch_size} doesn't divide --batch-size {config.batch_size}"
-        )
+    _check_batch_size(config, processes)
     batch_size, epochs, max_length = int(config.batch_size or 0), int(config.epochs or 0), int(config.max_length or 0)
     tokenizer = load_tokenizer(config.model, config.revision)
     reading: dict[str, Any] = {
@@ -136,11 +146,45 @@ def prepare(config: FinetuneConfig) -> "tuple[Plan, PreTrainedTokenizerBase]":
     sizes = (
         [config.micro_batch_size]
         if config.micro_batch_size
-        else micro_batch_candidates(batch_size, longest, device.type, step_tokens)
+        else fastest(
+            micro_batch_candidates(batch_size // processes, longest, device.type, step_tokens),
+            lambda size: tokens_read(config, examples, held_out, size).micro_batches,
+            device.type,
+        )
     )
-    plan = Plan(config, examples, sizes, steps, held_out, evaluation, step_tokens, endless)
+    plan = Plan(config, examples, sizes, steps, held_out, evaluation, step_tokens, processes, endless)
     # Only a GPU says so when a size doesn't fit; elsewhere the first is taken.
     return plan if device.type == "cuda" else plan.with_micro_batch(sizes[0]), tokenizer
+
+
+@dataclass(frozen=True)
+class TokensRead:
+    """By the model, over the first few steps: tokens, and with their padding those of each micro-batch."""
+
+    tokens: int
+    micro_batches: list[int]
+
+
+def tokens_read(config: FinetuneConfig, examples: ExampleSet, held_out: Sequence[int], size: int) -> TokensRead:
+    """With micro-batches of `size` examples, packed or padded."""
+    lengths = examples.examples.lengths
+    order = epoch_order(config, examples, held_out, size)
+    indices = list(itertools.islice(order, STEPS_LOOKED_AT * int(config.batch_size or 1)))
+    batches = [lengths[indices[start : start + size]].tolist() for start in range(0, len(indices), size)]
+    read = [packed_size(batch, pack(batch)) if config.packing else padded_size(batch) for batch in batches]
+    return TokensRead(int(lengths[indices].sum()), read)
+
+
+def _check_batch_size(config: FinetuneConfig, processes: int) -> None:
+    """Raises:
+    UsageError: the batch can't be cut as it is asked for.
+    """
+    batch_size, micro_batch = int(config.batch_size or 0), config.micro_batch_size
+    if batch_size % processes:
+        raise UsageError(f"--batch-size {batch_size}: can't be shared evenly by {processes} processes")
+    if micro_batch and batch_size // processes % micro_batch:
+        share = f" over {processes} processes" if processes > 1 else ""
+        raise UsageError(f"--micro-batch-size {micro_batch} doesn't divide --batch-size {batch_size}{share}")
 
 
 def _check_streaming(config: FinetuneConfig) -> None:
