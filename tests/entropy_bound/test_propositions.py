@@ -179,6 +179,19 @@ def test_theorem_4_2_a_search_over_the_ball_reaches_the_floor_and_never_goes_bel
     assert tried > 1000
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.integers(3, 10_000_000), st.floats(1e-3, 60))
+def test_theorem_4_2_no_number_of_equal_peaks_does_better_in_any_vocabulary(vocab, radius):
+    """k logits above V - k others, for vocabularies in which one can't search: k = 1 has the least entropy."""
+    k = np.unique(np.geomspace(1, vocab - 1, 60).astype(int)).astype(float)
+    gap = radius * np.sqrt(vocab / (k * (vocab - k)))
+    odds = np.exp(np.log(vocab - k) - np.log(k) - gap)  # of everything but the peaks
+    entropy = np.log(k) + np.log1p(odds) + gap * odds / (1 + odds)
+    floor = float(entropy_bound(vocab, 1, radius))
+    assert entropy[0] == pytest.approx(floor, rel=1e-9)
+    assert np.all(entropy >= floor * (1 - 1e-9))
+
+
 @pytest.mark.parametrize(
     ("mistake", "wrong"),
     [
