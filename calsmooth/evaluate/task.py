@@ -116,9 +116,8 @@ class Task:
             read = self._questions(islice(solved, shots) if self.subject is not None else solved)
             return TaskData(questions, first_examples(read, questions, shots, source), source)
         each = "" if self.subject is not None else " of each subject"
-        note = f"{self.name}: the first {shots} {self.scored.name} rows{each} are the solved examples and not scored"
-        missing = f": {source} has no {self.solved.name} split" if self.solved else ""
-        return TaskData(*hold_back(questions, shots, source), source, [note + missing])
+        why = f"{source} has no {self.solved.name} split" if self.solved else "it has no other split"
+        return hold_back(self.name, questions, shots, source, f"of the {self.scored.name} split{each} ({why})")
 
     def local_rows(self, folder: Path, split: Split) -> Iterator[Row] | None:
         """Rows of a split in a folder, in the hub's columns or its publishers'; None where it doesn't have it."""
@@ -146,8 +145,10 @@ def by_subject(questions: Iterable[Question]) -> dict[str, list[Question]]:
     return groups
 
 
-def hold_back(questions: list[Question], shots: int, source: str) -> tuple[list[Question], dict[str, list[Question]]]:
-    """(questions to score, solved examples): the first `shots` of each subject are the latter.
+def hold_back(name: str, questions: list[Question], shots: int, source: str, where: str) -> TaskData:
+    """The data of a task without solved examples of its own: the first `shots` questions of each subject are these.
+
+    where: ends the note that says so: of what they are the first rows, and why they are taken.
 
     Raises:
         CalsmoothError: a subject has no questions left.
@@ -155,13 +156,16 @@ def hold_back(questions: list[Question], shots: int, source: str) -> tuple[list[
     groups = by_subject(questions)
     for subject, group in groups.items():
         if len(group) <= shots:
+            of = f" of '{subject}'" if subject else ""
             raise CalsmoothError(
-                f"{source}: {len(group)} rows of '{subject}' are too few for {shots} solved examples and a question; "
+                f"{source}: {len(group)} rows{of} are too few for {shots} solved examples and a question; "
                 "give fewer --shots"
             )
     examples = {subject: group[:shots] for subject, group in groups.items()}
     held = {id(question) for group in examples.values() for question in group}
-    return [question for question in questions if id(question) not in held], examples
+    rows = "row" if shots == 1 else f"{shots} rows"
+    note = f"{name}: held back as solved examples, not scored: the first {rows} {where}"
+    return TaskData([q for q in questions if id(q) not in held], examples, source, [note])
 
 
 def first_examples(

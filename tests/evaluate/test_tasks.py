@@ -103,7 +103,8 @@ def test_hellaswag_without_train_holds_its_first_rows_back(tmp_path):
     assert [q.text for q in data.examples["common sense"]] == [f"Roofing: Row {i}." for i in range(3)]
     assert [q.text for q in data.questions] == [f"Roofing: Row {i}." for i in range(3, 8)]
     assert data.notes == [
-        f"hellaswag: the first 3 validation rows are the solved examples and not scored: {tmp_path} has no train split"
+        "hellaswag: held back as solved examples, not scored: the first 3 rows of the validation split "
+        f"({tmp_path} has no train split)"
     ]
     assert HELLASWAG.load(tmp_path, 0).notes == []
     with pytest.raises(CalsmoothError, match="too few"):

@@ -142,9 +142,8 @@ class OwnTask(Task):
         if solved is not None:
             examples = first_examples(self._questions(file_rows([solved])), questions, shots, str(solved))
             return TaskData(questions, examples, str(self.path))
-        each = "" if self.settings.subject_column is None else " of each subject"
-        note = f"{self.name}: the first {shots} rows{each} are the solved examples and not scored: no 'shots_data'"
-        return TaskData(*hold_back(questions, shots, str(data)), str(self.path), [note])
+        each = "of each subject " if self.settings.subject_column is not None else ""
+        return hold_back(self.name, questions, shots, str(self.path), f"{each}(no 'shots_data')")
 
     def _column(self, row: Row, name: str, key: str) -> Any:
         if name not in row.columns:
