@@ -12,7 +12,7 @@ import numpy as np
 
 from calsmooth import console
 from calsmooth.data.cache import cached, fingerprint
-from calsmooth.data.formats import Conversation, detect_format, to_conversation
+from calsmooth.data.formats import VERBATIM, Conversation, detect_format, to_conversation
 from calsmooth.data.sources import BadRow, Part, Row, Source, choose, open_source, parse_sources
 from calsmooth.data.templates import Rendered, choose_template, render
 from calsmooth.errors import CalsmoothError, UsageError
@@ -108,6 +108,7 @@ class ExampleSet:
 
     rows: read. bad: left out because they couldn't be read or a column was wrong; bad_rows: what was wrong with the
     first few. dropped: left out because the response lay past max_length. truncated: cut at max_length.
+    format: of the rows, or several names. template: which made text of them, or 'none' where they were text already.
     from_cache: nothing had to be tokenised.
     """
 
@@ -234,6 +235,11 @@ class Reading:
             return BadRow(str(error))
 
 
+def template_used(formats: Iterable[str], template: str) -> str:
+    """The template's name, or 'none' where the text of every format was in its final form already."""
+    return "none" if set(formats) <= VERBATIM else template
+
+
 FormattedRow = tuple[Row | BadRow, str | None]
 
 
@@ -283,7 +289,7 @@ def _tokenise(
         rows - bad - len(store),
         truncated,
         ", ".join(formats),
-        reading.template,
+        template_used(formats, reading.template),
         tuple(SourceCount(s.place, n, s.weight) for s, n in zip(sources, counts, strict=True)),
         tuple(bad_rows),
     )

@@ -148,3 +148,6 @@ FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Row], Conversati
     "prompt": ((("prompt", "completion"), ("prompt", "response")), _prompt_completion),
     "text": ((("text",),), _plain_text),
 }
+
+VERBATIM = {"prompt", "text"}
+"""Formats whose text is in its final form already: no template is used."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from calsmooth.data.examples import Example, FormattedRow, Reading, cut
+from calsmooth.data.examples import Example, Examples, ExampleSet, FormattedRow, Reading, cut, template_used
 from calsmooth.data.readers import BadRow
 from calsmooth.data.sources import open_source, parse_sources
 from calsmooth.data.templates import choose_template
@@ -70,6 +70,7 @@ class ExampleStream:
         self.reading = Reading(tokenizer, format, self.template, max_length, on_bad_row)
         self.parts = [open_source(source, streaming=True) for source in self.sources]
         self.seed, self.buffer = seed, buffer
+        self.formats: dict[str, None] = {}  # that were met so far, in order
 
     def examples(self, start: Position | None = None) -> Iterator[tuple[Example, Position]]:
         """Each example with the position after it, from a position on.
@@ -82,6 +83,7 @@ class ExampleStream:
         rows = itertools.islice(self._rows(), position.rows, None)
         barren = 0
         while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            self.formats |= {format: None for _, format in batch if format}
             for found in self.reading.examples(batch):
                 position = replace(position, rows=position.rows + 1)
                 barren += 1
@@ -102,6 +104,20 @@ class ExampleStream:
                         f"--streaming: {barren:,} rows one after another gave no example (in all {position.bad:,} bad, "
                         f"{position.dropped:,} without a response within --max-length {self.reading.max_length})"
                     )
+
+    def beginning(self, count: int) -> ExampleSet:
+        """The first examples, to be looked at. Errors are those of `examples`."""
+        found = list(itertools.islice(self.examples(), count))
+        at = found[-1][1]
+        return ExampleSet(
+            Examples.of(example for example, _ in found),
+            rows=at.rows,
+            bad=at.bad,
+            dropped=at.dropped,
+            truncated=at.truncated,
+            format=", ".join(self.formats),
+            template=template_used(self.formats, self.template),
+        )
 
     def _rows(self) -> Iterator[FormattedRow]:
         streams = [self._source(number) for number in range(len(self.sources))]

@@ -80,16 +80,17 @@ def _join(pieces: list[tuple[str, bool]], tokenizer: "PreTrainedTokenizerBase") 
     return Rendered(text, tuple(spans), special_tokens=not begun)
 
 
+_INTRO = (
+    "Below is an instruction that describes a task{context}. Write a response that appropriately completes the request."
+)
+
+
 def _alpaca_pieces(conversation: Conversation) -> list[tuple[str, bool]]:
     """The template of Stanford Alpaca; more turns repeat its sections."""
     has_input = any(turn.input for turn in conversation.turns)
     system = [turn.content for turn in conversation.turns if turn.role == "system"]
     context = ", paired with an input that provides further context" if has_input else ""
-    intro = (
-        f"Below is an instruction that describes a task{context}. "
-        "Write a response that appropriately completes the request."
-    )
-    pieces = [("\n\n".join(system) if system else intro, False)]
+    pieces = [("\n\n".join(system) if system else _INTRO.format(context=context), False)]
     for turn in conversation.turns:
         if turn.role == "user":
             section = f"\n\n### Instruction:\n{turn.content}"
@@ -112,6 +113,43 @@ def _tulu_pieces(conversation: Conversation) -> list[tuple[str, bool]]:
             content = f"{turn.content}\n\n{turn.input}" if turn.input else turn.content
             pieces.append((f"{seam}<|{turn.role}|>\n{content}\n", False))
     return pieces
+
+
+# Their line breaks are written as strings: Hugging Face's renderer drops those that follow a tag.
+_AS_CHAT_TEMPLATE = {
+    "alpaca": (
+        "{% set system = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | list %}"
+        "{{ system | join('\\n\\n') if system else INTRO }}"
+        "{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ '\\n\\n### Instruction:\\n' + m.content }}"
+        "{% elif m.role == 'assistant' %}{{ '\\n\\n### Response:\\n' }}"
+        "{% generation %}{{ m.content + (eos_token or '') }}{% endgeneration %}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
+    ).replace("INTRO", repr(_INTRO.format(context=""))),
+    "tulu": (
+        "{% for m in messages %}"
+        "{% if m.role == 'assistant' %}{{ '<|assistant|>\\n' }}"
+        "{% generation %}{{ m.content + (eos_token or '') }}{% endgeneration %}"
+        "{% if not loop.last %}{{ '\\n' }}{% endif %}"
+        "{% else %}{{ '<|' + m.role + '|>\\n' + m.content + '\\n' }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    ),
+}
+
+
+def as_chat_template(template: str, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """'alpaca' or 'tulu' as a chat template for this tokenizer, so that a model trained with it is asked with it.
+
+    None for 'chat', which the tokenizer has already.
+    """
+    found = _AS_CHAT_TEMPLATE.get(template)
+    if found is None:
+        return None
+    # Text from a chat template is tokenised without the tokenizer's own marks.
+    adds_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return "{{ bos_token }}" + found if adds_bos else found
 
 
 def _chat(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> Rendered:

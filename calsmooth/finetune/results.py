@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from calsmooth.config import load
+from calsmooth.data.templates import as_chat_template
 from calsmooth.environment import versions
 from calsmooth.errors import CalsmoothError
 from calsmooth.files import read_json, read_jsonl, whole_folder, write_json, write_text
@@ -40,6 +41,8 @@ def write_results(
         CalsmoothError: the disk takes no more; checkpoints are whole.
     """
     config = plan.config
+    if chat_template := as_chat_template(plan.examples.template, tokenizer):
+        tokenizer.chat_template = chat_template  # so that whoever asks the model asks it as it was trained
     card = model_card(config.to_dict(), summary, versions())
     metrics = [values for _, values in read_jsonl(folder / METRICS)]
     title = f"{model_label(config.model)} on {config.dataset_label()}, beta = {config.beta:g}"

@@ -3,7 +3,7 @@
 import pytest
 
 from calsmooth.data.formats import Conversation, Turn
-from calsmooth.data.templates import choose_template, render
+from calsmooth.data.templates import as_chat_template, choose_template, render
 from calsmooth.errors import CalsmoothError, UsageError
 
 SYSTEM = Turn("system", "Be brief.")
@@ -150,3 +150,50 @@ class TestChat:
         with pytest.raises(CalsmoothError, match=r"line 7: starts with the assistant.*use --template alpaca"):
             rendered(turns, "chat", chatml)
         assert said(rendered(turns, "alpaca", plain)) == ["Hello!</s>", "Blue.</s>"]
+
+
+class TestTulu:
+    def test_is_open_instructs_template(self, plain):
+        result = rendered((SYSTEM, *FIRST, *SECOND), "tulu", plain)
+        assert result.text == (
+            "<|system|>\nBe brief.\n<|user|>\nWhich color is the sky?\n<|assistant|>\nBlue.</s>"
+            "\n<|user|>\nAnd at night?\n<|assistant|>\nBlack. </s>"
+        )
+        assert said(result) == ["Blue.</s>", "Black. </s>"]
+        assert result.special_tokens
+
+    def test_alpacas_input_follows_the_instruction(self, plain):
+        result = rendered((Turn("user", "Add.", "1 and 1"), Turn("assistant", "2")), "tulu", plain)
+        assert result.text == "<|user|>\nAdd.\n\n1 and 1\n<|assistant|>\n2</s>"
+
+
+class TestAsChatTemplate:
+    @pytest.mark.parametrize("template", ["alpaca", "tulu"])
+    @pytest.mark.parametrize("turns", [FIRST, (SYSTEM, *FIRST, *SECOND), (*FIRST, Turn("user", "Thanks."))])
+    @pytest.mark.parametrize("name", ["plain", "chatml"])
+    def test_is_the_text_that_was_trained_on(self, request, template, turns, name):
+        tokenizer = request.getfixturevalue(name)
+        built_in = rendered(turns, template, tokenizer)
+        as_chat = as_chat_template(template, tokenizer)
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        ids = tokenizer(built_in.text)["input_ids"]
+        assert tokenizer.apply_chat_template(messages, chat_template=as_chat, return_dict=False) == ids
+        masked = tokenizer.apply_chat_template(
+            messages, chat_template=as_chat, return_dict=True, return_assistant_tokens_mask=True
+        )
+        learned = [i for i, mask in zip(ids, masked["assistant_masks"], strict=True) if mask]
+        assert tokenizer.decode(learned) == "".join(said(built_in))
+
+    @pytest.mark.parametrize("template", ["alpaca", "tulu"])
+    def test_asks_with_what_comes_before_a_response(self, plain, template):
+        prompt = plain.apply_chat_template(
+            [{"role": "user", "content": "Which color is the sky?"}],
+            chat_template=as_chat_template(template, plain),
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        whole = rendered(FIRST, template, plain)
+        assert prompt == plain.bos_token + whole.text[: whole.spans[0][0]]
+
+    def test_a_models_own_is_left(self, chatml):
+        assert as_chat_template("chat", chatml) is None
