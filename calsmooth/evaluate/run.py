@@ -76,12 +76,23 @@ def _run(config: ChoicesConfig, processes: Processes) -> EvaluateResult:
         tasks += [Choices(task, data, config, tokenizer, scorer, max_length) for task, data in loaded]
     if responses is not None:
         tasks.append(Responses(*responses, config, TokenPredictor(model, batch_size=config.batch_size)))
-    kept = processes.by_first(lambda: _ledger(config, model, tasks, max_length))
+    fingerprint = processes.by_first(lambda: model_fingerprint(config.model, model))
+    key = {
+        "calsmooth version": calsmooth.__version__,
+        "model": fingerprint,
+        "precision": str(dtype).removeprefix("torch."),
+        "longest sequence": max_length,
+        **{f"task {task.name}": task.key() for task in tasks},
+    }
+    # Where the scores are written down as they come; with --resume, of the interrupted evaluation of the same.
+    begin = ledger.resume if config.resume else ledger.start
+    kept = processes.by_first(lambda: begin(config.output, f"evaluate-{model_label(config.model)}", key))
     units = {task.name: task.units() for task in tasks}
     try:
         records = perform([unit for of_task in units.values() for unit in of_task], kept, processes, ", ".join(units))
     except KeyboardInterrupt:
-        console.warn(f"interrupted; the same command with --resume --output {kept.folder} goes on")
+        if processes.first:
+            console.warn(f"interrupted; the same command with --resume --output {kept.folder} goes on")
         raise
     scored = time.perf_counter()
 
@@ -93,7 +104,7 @@ def _run(config: ChoicesConfig, processes: Processes) -> EvaluateResult:
             "tasks": {name: task.summary for name, task in found.items()},
             "notes": list(dict.fromkeys(note for task in found.values() for note in task.notes)),
             "config": config.to_dict(),
-            "model_hash": model_fingerprint(config.model, model),
+            "model_hash": fingerprint,
             "dtype": str(dtype).removeprefix("torch."),
             "seconds": round(time.perf_counter() - started, 3),
             "scoring_seconds": round(scored - started, 3),
@@ -124,21 +135,6 @@ def _load_responses(config: ChoicesConfig, tokenizer: "PreTrainedTokenizerBase")
         limit=config.limit,
         seed=config.seed,
     )
-
-
-def _ledger(
-    config: ChoicesConfig, model: "PreTrainedModel", tasks: Sequence[Choices | Responses], max_length: int | None
-) -> Ledger:
-    """Where the scores are written down as they come; with --resume, of the interrupted evaluation of the same."""
-    key = {
-        "calsmooth version": calsmooth.__version__,
-        "model": model_fingerprint(config.model, model),
-        "precision": str(model.dtype).removeprefix("torch."),
-        "longest sequence": max_length,
-        **{f"task {task.name}": task.key() for task in tasks},
-    }
-    begin = ledger.resume if config.resume else ledger.start
-    return begin(config.output, f"evaluate-{model_label(config.model)}", key)
 
 
 def _write(kept: Ledger, results: Mapping[str, Any], predictions: Sequence[Prediction]) -> None:
