@@ -33,7 +33,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 caption { caption-side: bottom; text-align: left; padding-top: .5rem; }
 th, td { padding: .32rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.left { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+th:first-child, td:first-child { padding-left: 0; }
 td b { font-weight: 700; }
 .group { text-align: center; border-bottom: 0; color: var(--ink); }
 figure { margin: 1rem 0; }
@@ -81,30 +82,35 @@ def table(
     headings: Sequence[str],
     rows: Iterable[Sequence[str]],
     *,
+    left: int = 1,
     bold: Iterable[tuple[int, int]] = (),
     groups: Sequence[tuple[str, int]] = (),
     caption: str = "",
 ) -> str:
-    """Cells are text; the first column is aligned left, the others right.
+    """Cells are text; the first `left` columns are words and aligned left, the others numbers.
 
     bold: (row, column) places that stand out. groups: (words, number of columns) of a heading above the headings.
     """
     outstanding = set(bold)
+
+    def cell(tag: str, column: int, content: str) -> str:
+        return f'<{tag} class="left">{content}</{tag}>' if column < left else f"<{tag}>{content}</{tag}>"
+
     body = ""
     for r, row in enumerate(rows):
-        cells = (f"<b>{escape(cell)}</b>" if (r, c) in outstanding else escape(cell) for c, cell in enumerate(row))
-        body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>\n"
+        contents = (f"<b>{escape(text)}</b>" if (r, c) in outstanding else escape(text) for c, text in enumerate(row))
+        body += "<tr>" + "".join(cell("td", c, content) for c, content in enumerate(contents)) + "</tr>\n"
     above = "".join(f'<th class="group" colspan="{span}">{escape(words)}</th>' for words, span in groups)
-    head = (
-        (f"<tr>{above}</tr>\n" if above else "") + "<tr>" + "".join(f"<th>{escape(h)}</th>" for h in headings) + "</tr>"
-    )
+    head = f"<tr>{above}</tr>\n" if above else ""
+    if any(headings):
+        head += "<tr>" + "".join(cell("th", c, escape(h)) for c, h in enumerate(headings)) + "</tr>"
     below = f"<caption>{escape(caption)}</caption>" if caption else ""
     return f'<div class="scroll"><table>{below}\n<thead>{head}</thead>\n<tbody>\n{body}</tbody></table></div>'
 
 
 def facts(values: Mapping[str, Any]) -> str:
     """Names and what they are, one to a line."""
-    return table(("", ""), [(name, str(value)) for name, value in values.items()])
+    return table((), [(name, str(value)) for name, value in values.items()], left=2)
 
 
 def picture(figure: "Figure", words: str, caption: str = "") -> str:

@@ -57,6 +57,8 @@ BARS = {
     "ace": "ACE",
     "smooth_ece": "smooth ECE",
 }
+ABOUT = {"model": "model", "model_hash": "its hash", "dtype": "precision", "device": "device", "folder": "folder"}
+"""What the page says of each run, and the heading over it."""
 CSV_KEYS: tuple[str, ...] = (
     "n",
     "accuracy",
@@ -272,14 +274,10 @@ def _page(results: Mapping[str, Any], tasks: Summaries, drawn: "Mapping[str, Fig
             page.picture(drawn["reliability-together"], "accuracy against confidence, all runs of a task together"),
             page.picture(drawn["reliability"], "reliability diagrams, one for each task and run"),
         ),
-        page.section("Runs", page.table(["run", "model", "hash", "precision", "device", "folder"], _about(results))),
+        page.section("Runs", page.table(["run", *ABOUT.values()], _about(results["runs"]), left=1 + len(ABOUT))),
     ]
     return page.page("Calibration compared", ", ".join(runs), *pieces)
 
 
-def _about(results: Mapping[str, Any]) -> list[list[str]]:
-    return [
-        [r["label"], *(str(r.get(k, ""))[:n] for k, n in (("model", 200), ("model_hash", 12), ("dtype", 20))),
-         str(r.get("device", "")), r["folder"]]
-        for r in results["runs"]
-    ]  # fmt: skip
+def _about(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    return [[run["label"], *(str(run.get(key, "-")) for key in ABOUT)] for run in runs]

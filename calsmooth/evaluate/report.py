@@ -1,6 +1,6 @@
 """What a run shows to people: its table and remarks on the terminal, its pictures, and report.html."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from calsmooth import page
 from calsmooth.files import write_text
 from calsmooth.models import model_label
 from calsmooth.plots import Reliability, plot_reliability, save_figure, stored_reliability
-from calsmooth.tables import METRICS, metric_text, metrics_table
+from calsmooth.tables import METRICS, ON_TERMINAL, Metric, metric_text, metrics_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,8 +79,11 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> None:
 
 def _page(results: Mapping[str, Any], reliability: str) -> str:
     tasks = results["tasks"]
-    every = [(name, task) for name, task in tasks.items()]
-    every += [(f"{name}, per byte", task["per_byte"]) for name, task in tasks.items() if "per_byte" in task]
+    every = []
+    for name, task in tasks.items():
+        every.append((name, task))
+        if "per_byte" in task:
+            every.append((f"{name}, per byte", task["per_byte"]))
     subjects = [
         page.folded(f"{name}: {len(task['subjects'])} subjects", _metrics(task["subjects"].items(), "subject"))
         for name, task in tasks.items()
@@ -100,7 +103,9 @@ def _page(results: Mapping[str, Any], reliability: str) -> str:
     return page.page(
         f"Calibration of {model_label(results['model'])}",
         f"{', '.join(tasks)}; calsmooth {results['versions']['calsmooth']}",
-        page.section("Results", _metrics(tasks.items(), "task", shown=METRICS[:6]), page.bullets(remarks(results))),
+        page.section(
+            "Results", _metrics(every, "task", METRICS[:ON_TERMINAL]), page.bullets(remarks(results, by_subject=True))
+        ),
         page.section("Reliability", reliability),
         page.section("All metrics", _transposed(every), *subjects),
         page.section(
@@ -112,14 +117,14 @@ def _page(results: Mapping[str, Any], reliability: str) -> str:
     )
 
 
-def _metrics(rows: Any, first: str, shown: Any = METRICS) -> str:
+def _metrics(rows: Iterable[tuple[str, Mapping[str, Any]]], first: str, shown: Sequence[Metric] = METRICS) -> str:
     headings = [first, "n", *(metric.heading for metric in shown)]
     return page.table(
         headings, [[name, f"{s['n']:,}", *(metric_text(s, metric) for metric in shown)] for name, s in rows]
     )
 
 
-def _transposed(tasks: list[tuple[str, Mapping[str, Any]]]) -> str:
+def _transposed(tasks: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """A row a metric: there are more of them than of tasks."""
     rows = [["n", *(f"{summary['n']:,}" for _, summary in tasks)]]
     rows += [[m.words, *(metric_text(summary, m, interval=True) for _, summary in tasks)] for m in METRICS]
