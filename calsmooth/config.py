@@ -192,8 +192,8 @@ def _coerce(cls: type[Settings], name: str, value: Any, where: str) -> Any:
 
 def _coerce_one(element: type, value: Any, where: str) -> Any:
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
-    quote = "; YAML takes yes, no, on and off for that: quote the word" if isinstance(value, bool) else ""
-    wrong = UsageError(f"{where} must be {words.get(element, element.__name__)}, got {value!r}{quote}")
+    hint = "; YAML takes yes, no, on and off for that: quote the word" if (type(value), element) == (bool, str) else ""
+    wrong = UsageError(f"{where} must be {words.get(element, element.__name__)}, got {value!r}{hint}")
     if element is bool:
         if not isinstance(value, bool):
             raise wrong
