@@ -64,6 +64,7 @@ def training_arguments(plan: Plan, folder: Path, device: torch.device, *, resume
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        **_parallel(config),
     )
     if arguments.n_gpu > 1:
         # Where there are more GPUs the Trainer would spread every micro-batch over copies of the model
@@ -83,10 +84,31 @@ def check_installed(config: FinetuneConfig) -> None:
         needed.append(("--optimizer", config.optimizer, "bitsandbytes"))
     if config.lora_rank is not None:
         needed.append(("--lora-rank", str(config.lora_rank), "peft"))
+    if config.parallel == "zero3":
+        needed.append(("--parallel", "zero3", "deepspeed"))
     for flag, value, package in needed:
         if importlib.util.find_spec(package) is None:
             install = "'calsmooth[lora]'" if package == "peft" else package
             raise UsageError(f"{flag} {value}: {package} isn't installed; pip install {install}")
+
+
+def _parallel(config: FinetuneConfig) -> dict[str, Any]:
+    """How processes share the model."""
+    if config.parallel == "fsdp":
+        # A checkpoint's weights and moments are gathered into one file each, which any number of processes can read.
+        return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
+    if config.parallel == "zero3":
+        automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+        zero = {"stage": 3, "overlap_comm": True, "stage3_gather_16bit_weights_on_model_save": True}
+        return {
+            "deepspeed": {
+                "zero_optimization": zero,
+                "bf16": {"enabled": "auto"},
+                **dict.fromkeys(automatic, "auto"),
+                "zero_allow_untested_optimizer": True,
+            }
+        }
+    return {}
 
 
 def _optimizer(name: str, device: torch.device) -> str:

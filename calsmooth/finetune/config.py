@@ -259,7 +259,7 @@ class FinetuneConfig(Settings):
     )
     parallel: str | None = setting(
         None,
-        "What several processes (torchrun) do: ddp, each holds the model; fsdp and zero3 (DeepSpeed), each holds a part.",
+        "Several processes (torchrun): ddp, each holds the model; fsdp and zero3 (DeepSpeed), each holds a part.",
         shown_default="as accelerate launch says, else ddp",
         choices=("ddp", "fsdp", "zero3"),
         panel=COMPUTE,

@@ -23,12 +23,17 @@ Record = Callable[[dict[str, Any]], None]
 
 
 @contextmanager
-def metrics_recorder(path: Path, done: int, steps: int) -> Iterator[Record]:
+def metrics_recorder(path: Path, done: int, steps: int, writes: bool = True) -> Iterator[Record]:
     """Yields `record(values)`, which appends a line to the file and shows it. done: steps that were taken before.
+
+    writes: whether this process does so at all.
 
     Raises:
         CalsmoothError: from `record`, if the line can't be written.
     """
+    if not writes:
+        yield lambda values: None
+        return
     with (
         open(path, "a", encoding="utf-8") as lines,
         console.progress("fine-tuning", steps, note_below=True) as advance,

@@ -5,9 +5,9 @@ card), summary.json, and COMPLETED last of all.
 """
 
 import dataclasses
-import os
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,9 +46,13 @@ from calsmooth.finetune.resume import (
 from calsmooth.finetune.stopping import StoppedError, stop_requests
 from calsmooth.finetune.trainer import SFTTrainer
 from calsmooth.models import load_config, load_model, pick_device, pick_dtype
+from calsmooth.processes import Processes, joined
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SHARDED = ("fsdp", "zero3")
+"""Ways in which no process holds the whole model."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,9 @@ def run(
 ) -> FinetuneResult:
     """Fine-tune and write the run folder; with config.resume go on with one.
 
+    Under torchrun the processes share the work (config.parallel says how); the first one writes the files, all return
+    the result.
+
     on_start: called before the first step, when everything that can be refused has been; the files and folders that it
         gives are moved into the run's folder.
 
@@ -77,28 +84,58 @@ def run(
         CalsmoothError: data, model, loss or disk fail; what was written so far stays whole.
         StoppedError: SIGTERM or SIGINT asked the run to stop; it did, behind a checkpoint.
     """
+    with joined(config.device) as processes:
+        return _run(config, on_start, processes)
+
+
+def _run(
+    config: FinetuneConfig, on_start: Callable[[Plan, ProbeResult], Iterable[Path]], processes: Processes
+) -> FinetuneResult:
+    config, begun = processes.by_first(lambda: _begin(config))
+    if begun is not None and (begun / COMPLETED).exists():
+        console.say(f"{begun} is complete already; nothing to resume.")
+        return FinetuneResult(begun, read_json(begun / "summary.json"))
+    check_installed(config)
+    device = training_device(config, processes)
+    plan, tokenizer = processes.after_first(lambda: prepare(config, processes.count))
+    if begun is not None:
+        check_same_data(plan, begun)
+    # What is going to be sharded is whole once, in main memory, where there is more room.
+    sharded = config.parallel in SHARDED
+    model, trained, found = _models(plan, tokenizer, torch.device("cpu") if sharded else device)
+    plan = plan.with_micro_batch(min(processes.shared(_micro_batch(plan, model, trained, tokenizer, device))))
+    given = on_start(plan, found)
+    folder, checkpoint = processes.by_first(lambda: _start(plan, begun, device, given))
+    summary, weights = _train(plan, model, trained, tokenizer, folder, checkpoint, device, processes)
+    summary["probe"] = vars(found)
+    if processes.first:
+        if weights is not None:
+            model = trained = _with_weights(_model(plan.config, torch.device("cpu")), weights)
+        write_results(plan, model, trained, tokenizer, folder, summary)
+    processes.shared(None)  # the files are there
+    return FinetuneResult(folder, summary)
+
+
+def _begin(config: FinetuneConfig) -> tuple[FinetuneConfig, Path | None]:
+    """What can be refused is refused before minutes are spent on data and model.
+
+    Returns the settings, and the folder of the run that is gone on with, or of a finished one.
+    """
     folder = find_run(config) if config.resume else None
     if config.resume and folder is None:
         # A job that always says --resume, so that it goes on after it was preempted, has to be able to start.
         console.say(f"{config.output} holds no run yet; starting one.")
-    if folder is not None and (folder / COMPLETED).exists():
-        console.say(f"{folder} is complete already; nothing to resume.")
-        return FinetuneResult(folder, read_json(folder / "summary.json"))
-    # What can be refused is refused before minutes are spent on data and model.
-    if folder is not None:
+    if folder is not None and not (folder / COMPLETED).exists():
         config = as_started(config, folder)
-    elif config.output is not None:
+    elif folder is None and config.output is not None:
         check_run_folder(config.output)
-    check_installed(config)
-    device = _training_device(config.device)
-    plan, tokenizer = prepare(config)
-    if folder is not None:
-        check_same_data(plan, folder)
-    model, trained, found = _models(plan, tokenizer, device)
-    plan = plan.with_micro_batch(_micro_batch(plan, model, trained, tokenizer, device))
-    given = on_start(plan, found)
+    return config, folder
+
+
+def _start(plan: Plan, folder: Path | None, device: torch.device, given: Iterable[Path]) -> tuple[Path, Path | None]:
+    """The run's folder, made where it is new, and the checkpoint to go on from. given: is moved into it."""
     if folder is None:
-        folder = run_folder(config.output, config.default_name())
+        folder = run_folder(plan.config.output, plan.config.default_name())
         write_text(folder / "config.yaml", dataclasses.replace(plan.config, output=folder, resume=False).to_yaml())
         write_json(folder / "environment.json", environment(device))
         write_data_summary(plan, folder)
@@ -108,10 +145,24 @@ def run(
         shutil.rmtree(folder / path.name, ignore_errors=True)  # what a killed process left half-done
         shutil.move(path, folder / path.name)
     checkpoint = next(reversed(checkpoints(folder / "checkpoints")), None)
-    summary = _train(plan, model, trained, tokenizer, folder, checkpoint, device)
-    summary["probe"] = vars(found)
-    write_results(plan, model, trained, tokenizer, folder, summary)
-    return FinetuneResult(folder, summary)
+    done = check_whole(checkpoint) if checkpoint else 0
+    keep_metrics_until(folder / METRICS, done if checkpoint else -1)
+    return folder, checkpoint
+
+
+def _model(config: FinetuneConfig, device: torch.device) -> "PreTrainedModel":
+    settings = load_config(config.model, config.revision)
+    if config.dropout is not None:
+        set_dropout(settings, config.dropout)
+    if config.logit_softcap is not None:
+        set_softcap(settings, config.logit_softcap)
+    return load_model(config.model, dtype=torch.float32, device=device, revision=config.revision, config=settings)
+
+
+def _with_weights(model: "PreTrainedModel", weights: dict[str, torch.Tensor]) -> "PreTrainedModel":
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model
 
 
 def _models(
@@ -119,12 +170,7 @@ def _models(
 ) -> "tuple[PreTrainedModel, Any, ProbeResult]":
     """The model as it is to be trained, what is trained of it (itself, or adapters around it), and the probe's word."""
     config = plan.config
-    settings = load_config(config.model, config.revision)
-    if config.dropout is not None:
-        set_dropout(settings, config.dropout)
-    if config.logit_softcap is not None:
-        set_softcap(settings, config.logit_softcap)
-    model = load_model(config.model, dtype=torch.float32, device=device, revision=config.revision, config=settings)
+    model = _model(config, device)
     batch = probe_batch(plan.examples.examples, tokenizer, device)
     found = probe(model, batch, config.beta)
     if config.packing:
@@ -146,14 +192,14 @@ def _train(
     folder: Path,
     checkpoint: Path | None,
     device: torch.device,
-) -> dict[str, Any]:
-    """trained: the model, or adapters around it."""
+    processes: Processes,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
+    """The summary, and all weights where processes hold shards of them. trained: the model, or adapters around it."""
     config = plan.config
     done = check_whole(checkpoint) if checkpoint else 0
-    keep_metrics_until(folder / METRICS, done if checkpoint else -1)
     use_cache = model.config.use_cache  # the Trainer switches it off, and the saved model would generate slowly
     with (
-        metrics_recorder(folder / METRICS, done, plan.steps) as record,
+        metrics_recorder(folder / METRICS, done, plan.steps, writes=processes.first) as record,
         stop_requests() as stop,
         fused_loss(model, config.beta, mode=config.loss_mode, temperature=config.logit_temperature),
         _random_state_kept(),
@@ -174,21 +220,25 @@ def _train(
             filtered=config.loss_mode == "filtered",
             max_loss=config.max_loss,
             batch_size=int(config.batch_size or 0),
+            processes=processes,
         )
-        if "tensorboard" in config.report_to:
+        torch.manual_seed(config.seed + processes.rank)  # no two processes' dropout is alike
+        if "tensorboard" in config.report_to and processes.first:
             trainer.add_callback(tensorboard(folder, done))
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except BadStepError as error:
-            raise CalsmoothError(report_bad_step(error, tokenizer, folder)) from error
-    if stop.signal is not None and trainer.state.global_step < plan.steps:
+            bad = BadStepError(str(error), error.step, [m for ms in processes.shared(error.micro_batches) for m in ms])
+            raise CalsmoothError(processes.by_first(lambda: report_bad_step(bad, tokenizer, folder))) from error
+    if trainer.meter.stopping and trainer.state.global_step < plan.steps:
+        [number, *_] = [number for number in processes.shared(stop.signal) if number is not None]
         raise StoppedError(
-            f"stopped by {stop.name} after step {trainer.state.global_step} of {plan.steps}, behind a checkpoint; "
-            f"go on with --resume --output {folder}",
-            stop.signal,
+            f"stopped by {signal.Signals(number).name} after step {trainer.state.global_step} of {plan.steps}, behind "
+            f"a checkpoint; go on with --resume --output {folder}",
+            number,
         )
     model.config.use_cache = use_cache
-    return {
+    summary = {
         **summarize_metrics(folder / METRICS),
         "steps": plan.steps,
         "seconds": round(trainer.meter.seconds, 2),
@@ -198,25 +248,40 @@ def _train(
         "trained_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
         "format": plan.examples.format,
         "template": plan.examples.template,
+        "processes": processes.count,
         **plan.rows_read(plan.steps),
     }
+    return summary, trainer.gathered_weights()
 
 
-def _training_device(name: str | None) -> torch.device:
-    """The device to train on: the first GPU, or what was asked for.
+def training_device(config: FinetuneConfig, processes: Processes) -> torch.device:
+    """The device to train on: the first GPU, this process's own where there are several, or what was asked for.
 
     Raises:
-        UsageError: the device isn't there or isn't the first, or several processes were started.
+        UsageError: the device isn't there or isn't the first, or can't be shared as it is asked for.
     """
-    device = pick_device(name)
+    device = pick_device(config.device)
     if device.index:
         raise UsageError(
-            f"--device {name}: fine-tuning takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={device.index} "
-            "and --device cuda"
+            f"--device {config.device}: fine-tuning takes the first GPU that it sees; set "
+            f"CUDA_VISIBLE_DEVICES={device.index} and --device cuda"
         )
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise UsageError("several processes were started (WORLD_SIZE); calsmooth finetune runs in one, on one GPU")
-    return device
+    if config.parallel in SHARDED:
+        if processes.count == 1:
+            raise UsageError(
+                f"--parallel {config.parallel}: there is one process; start several, as with "
+                "torchrun --nproc-per-node 2 -m calsmooth finetune ..."
+            )
+        if config.lora_rank is not None:
+            raise UsageError(f"--parallel {config.parallel}: doesn't go with --lora-rank; use --parallel ddp")
+        if device.type == "cuda" and config.micro_batch_size is None:
+            raise UsageError(
+                f"--parallel {config.parallel}: what fits beside a part of the model can't be tried out; give "
+                "--micro-batch-size"
+            )
+        if config.parallel == "zero3" and device.type != "cuda":
+            raise UsageError(f"--parallel zero3: DeepSpeed needs GPUs, and the device is {device}; use --parallel fsdp")
+    return processes.device(config.device)
 
 
 def _micro_batch(
