@@ -1,4 +1,4 @@
-"""What a measurement leaves behind: rows, a table like the paper's Tables 2 and 3, CSV, and a picture."""
+"""What a measurement leaves behind: rows, a table like the paper's Tables 2 and 3 (also Markdown), CSV, a picture."""
 
 import csv
 import io
@@ -74,14 +74,18 @@ def describe_statistics(statistics: "Statistics") -> str:
     )
 
 
+def describe_problem(row: Row) -> str:
+    frozen = f", {row.frozen} frozen" if row.frozen != "none" else ""
+    return f"{_shape_words(row)}, {row.tokens:,} tokens, {row.dtype}{frozen}"
+
+
 def result_table(rows: list[Row]) -> Table:
     """The rows of one problem, fastest first within each label smoothing, the roofline on top."""
     first = rows[0]
-    frozen = f", {first.frozen} frozen" if first.frozen != "none" else ""
     repeats = max(row.repeats for row in rows)
     rounds = f"medians of {repeats} rounds" if repeats > 1 else "a single round"
     table = Table(
-        title=f"{_shape_words(first)}, {first.tokens:,} tokens, {first.dtype}{frozen}",
+        title=describe_problem(first),
         caption=f"ms of forward, backward, both, and of the loss alone (eval), {rounds}; peak: memory above the "
         "inputs, gradients included; error: gradients against float64",
         box=box.SIMPLE_HEAD,
@@ -109,6 +113,33 @@ def result_table(rows: list[Row]) -> Table:
             style=style,
         )
     return table
+
+
+def markdown(rows: list[Row], *, heading: str, statistics: "Statistics") -> str:
+    """One problem as a Markdown table with the columns of the paper's Tables 2 and 3, fastest first."""
+
+    def megabytes(value: int | None) -> str:
+        return "-" if value is None else f"{value / 1e6:,.0f}"
+
+    lines = [
+        f"### {heading}",
+        "",
+        describe_statistics(statistics),
+        "",
+        "| method | beta | fwd ms | fwd MB | bwd ms | fwd+bwd ms | fwd+bwd MB | eval ms | gradient error | kept mass |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in sorted(rows, key=_order):
+        cells = [row.label, _beta(row)]
+        if row.error is not None:
+            cells += [row.error, *["-"] * 7]
+        else:
+            cells += [_ms(row.forward_ms), megabytes(row.forward_peak_bytes), _ms(row.backward_ms), _ms(row.total_ms)]
+            cells += [megabytes(row.peak_bytes), _ms(row.no_grad_ms)]
+            cells += ["-" if row.grad_error is None else f"{row.grad_error:.1e}"]
+            cells += ["-" if row.kept_mass is None else f"{row.kept_mass:.3f}"]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def csv_text(rows: list[Row]) -> str:
@@ -163,16 +194,38 @@ def prepare_panels(rows: list[Row]) -> list[Panel]:
 def plot_rows(rows: list[Row]) -> "Figure":
     """Time (left) and peak memory (right): bars for a single size, curves over several."""
     panels = prepare_panels(rows)
-    heights = [4.2 if len(panel.x) > 1 else 1.2 + 0.34 * len(panel.milliseconds) for panel in panels]
-    figure, axes = new_figure(width=12, height=sum(heights), rows=len(panels), columns=2)
-    axes[0].get_gridspec().set_height_ratios(heights)
+    curves = any(len(panel.x) > 1 for panel in panels)
+    heights = [3.6 if len(panel.x) > 1 else 1.1 + 0.28 * len(panel.milliseconds) for panel in panels]
+    figure, axes = new_figure(
+        width=12,
+        height=sum(heights) + (0.8 if curves else 0.0),
+        rows=len(panels),
+        columns=2,
+        height_ratios=heights,
+    )
+    figure.set_layout_engine("constrained", h_pad=0.08)
     labels = list(dict.fromkeys(label for panel in panels for label in panel.milliseconds))
     for panel, left, right in zip(panels, axes[::2], axes[1::2], strict=True):
-        draw = _draw_curves if len(panel.x) > 1 else _draw_bars
-        draw(left, panel, panel.milliseconds, labels, "loss and gradients, ms")
-        draw(right, panel, panel.megabytes, labels, "peak memory above the inputs, MB")
+        if len(panel.x) > 1:
+            _draw_curves(left, panel, panel.milliseconds, labels, "loss and gradients, ms")
+            _draw_curves(right, panel, panel.megabytes, labels, "peak memory above the inputs, MB")
+        else:
+            order = _slowest_first(panel)
+            _draw_bars(left, panel.milliseconds, order, labels, "loss and gradients, ms")
+            _draw_bars(right, panel.megabytes, order, labels, "peak memory above the inputs, MB")
+            right.set_yticklabels([])
         left.set_title(panel.title, fontsize=10, loc="left")
+    if curves:
+        handles = {line.get_label(): line for ax in axes for line in ax.get_lines()}
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
+        )  # fmt: skip
     return figure
+
+
+def _slowest_first(panel: Panel) -> list[str]:
+    times = {label: ys[0] for label, ys in panel.milliseconds.items()}
+    return sorted(times, key=lambda label: (times[label] is None, times[label] or 0.0), reverse=True)
 
 
 def _draw_curves(ax: "Axes", panel: Panel, values: dict[str, list[float | None]], labels: list[str], what: str) -> None:
@@ -205,21 +258,22 @@ def _draw_curves(ax: "Axes", panel: Panel, values: dict[str, list[float | None]]
     ax.yaxis.set_major_formatter("{x:,g}")
     ax.set_xlabel(panel.x_label)
     ax.set_ylabel(what)
-    ax.legend(fontsize=8, frameon=False)
 
 
-def _draw_bars(ax: "Axes", panel: Panel, values: dict[str, list[float | None]], labels: list[str], what: str) -> None:
-    bars = {label: ys[0] for label, ys in values.items()}
-    shown = sorted(bars, key=lambda label: (bars[label] is None, bars[label] or 0.0), reverse=True)
-    for position, label in enumerate(shown):
-        value = bars[label]
+def _draw_bars(
+    ax: "Axes", values: dict[str, list[float | None]], order: list[str], labels: list[str], what: str
+) -> None:
+    """From the bottom up in the order given."""
+    for position, label in enumerate(order):
+        value = values[label][0]
         if value is None:
             ax.text(0, position, " not measured", va="center", fontsize=8, color="0.4")
             continue
         color = "0.7" if label.startswith(ROOFLINE) else _color(label, labels)
         ax.barh(position, value, color=color, height=0.7)
         ax.text(value, position, f" {value:,.0f}" if value >= 100 else f" {value:.3g}", va="center", fontsize=8)
-    ax.set_yticks(range(len(shown)), shown, fontsize=9)
+    ax.set_yticks(range(len(order)), order, fontsize=9)
+    ax.set_ylim(-0.6, len(order) - 0.4)
     ax.margins(x=0.12)
     ax.grid(False, axis="y")
     ax.set_xlabel(what)

@@ -16,7 +16,7 @@ from calsmooth.bench.config import BenchConfig
 from calsmooth.bench.inputs import Inputs, Statistics, describe, model_inputs, random_inputs
 from calsmooth.bench.measure import Measurement, matmul_rate, measure
 from calsmooth.bench.methods import line_up
-from calsmooth.bench.report import ROOFLINE, Row, csv_text, plot_rows
+from calsmooth.bench.report import ROOFLINE, Row, csv_text, describe_problem, markdown, plot_rows
 from calsmooth.bench.shapes import PAPER_TOKENS, PRESETS, Shape, default_preset
 from calsmooth.environment import environment
 from calsmooth.errors import CalsmoothError, UsageError
@@ -70,7 +70,7 @@ class Report:
 
 
 def run(config: BenchConfig, show: Callable[[Case], None]) -> Report:
-    """Measure every case, `show` each as soon as it is done, and write bench.json, bench.csv and bench.png.
+    """Measure every case, `show` each as soon as it is done, and write bench.json, bench.csv, bench.md and bench.png.
 
     bench.json is written anew after each case, so that an interrupted sweep keeps what it has.
 
@@ -99,11 +99,22 @@ def run(config: BenchConfig, show: Callable[[Case], None]) -> Report:
             write_json(folder / "bench.json", {**report.to_dict(), "config": config.to_dict()})
             show(cases[-1])
     write_text(folder / "bench.csv", csv_text(report.rows))
+    write_text(folder / "bench.md", _markdown(report))
     save_figure(plot_rows(report.rows), folder / "bench.png")
     if all(row.error for row in report.rows if row.method != ROOFLINE):
         first = next(row for row in report.rows if row.error)
         raise CalsmoothError(f"no method got through; {first.label}: {first.error} ({folder / 'bench.json'} has all)")
     return report
+
+
+def _markdown(report: Report) -> str:
+    versions = report.environment["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("calsmooth", "torch", "triton") if name in versions)
+    tables = [
+        markdown(case.rows, heading=f"{describe_problem(case.rows[0])}", statistics=case.statistics)
+        for case in report.cases
+    ]
+    return f"{report.environment['device']}; {packages}. Memory is the peak above the inputs.\n\n" + "\n".join(tables)
 
 
 def resolve_shapes(config: BenchConfig, device_type: str) -> list[Shape | None]:

@@ -54,6 +54,10 @@ def test_a_sweep_writes_table_json_csv_and_picture(tmp_path):
     table = list(csv.DictReader((tmp_path / "out" / "bench.csv").open()))
     assert [float(row["total_ms"]) for row in table] == [row["total_ms"] for row in rows]
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "out" / "bench.md").read_text()
+    assert text.count("### |V|") == 2
+    assert text.count("\n| calsmooth exact | 0.1 | ") == 2
+    assert result["environment"]["versions"]["torch"] in text
 
 
 def test_json_is_alone_on_standard_output(tmp_path):
