@@ -63,8 +63,10 @@ def plan_lines(plan: "Plan") -> list[str]:
 
 
 def warn_of_bad_rows(plan: "Plan") -> None:
-    if plan.examples.bad:
-        console.warn(f"{plan.examples.bad:,} bad rows are left out; the first: {plan.examples.bad_rows[0]}")
+    bad = plan.examples.bad
+    if bad:
+        rows = "1 bad row is" if bad == 1 else f"{bad:,} bad rows are"
+        console.warn(f"{rows} left out, the first: {plan.examples.bad_rows[0]}")
 
 
 def memory_lines(memory: "MemoryEstimate", plan: "Plan") -> list[str]:

@@ -223,15 +223,18 @@ class Reading:
         return [next(encoded) if isinstance(r, Rendered) else r for r in rendered]
 
     def _rendered(self, row: Row | BadRow, format: str | None) -> Rendered | BadRow:
+        advice = "; mend or remove such rows (finetune: --on-bad-row skip)"
         try:
             if isinstance(row, BadRow) or format is None:
                 raise CalsmoothError(row.why if isinstance(row, BadRow) else f"{row.where}: of no known format")
-            return _render(to_conversation(row, format), self.template, self.tokenizer)
+            conversation = to_conversation(row, format)
+            advice = ""  # a template that can't be used says itself what to do
+            return _render(conversation, self.template, self.tokenizer)
         except UsageError:
             raise
         except CalsmoothError as error:
             if self.on_bad_row == "fail":
-                raise CalsmoothError(f"{error}; mend or remove such rows (finetune: --on-bad-row skip)") from None
+                raise CalsmoothError(f"{error}{advice}") from None
             return BadRow(str(error))
 
 

@@ -77,6 +77,14 @@ class TestLabels:
             assert decode(plain, example.input_ids) == "<s>Answer: blue</s>"
             assert learned(plain, example) == " blue</s>"
 
+    def test_every_token_of_plain_text_is_learned_and_the_end_with_it(self, plain, chatml, write_rows):
+        [example] = load_examples(write_rows({"text": "The sky is blue."}), plain, max_length=99)
+        assert decode(plain, example.input_ids) == "<s>The sky is blue.</s>"
+        assert example.labels == [IGNORED, *example.input_ids[1:]]
+        [example] = load_examples(write_rows({"text": "The sky is blue."}), chatml, max_length=99)
+        assert decode(chatml, example.input_ids) == "The sky is blue.<|im_end|>", "no template is put around it"
+        assert example.labels == [IGNORED, *example.input_ids[1:]], "nothing comes before the first token"
+
     def test_a_token_across_the_seam_of_prompt_and_response_is_learned(self, plain, write_rows):
         row = {"prompt": "Which color is the sky? Answer: ", "completion": "blue"}
         [example] = load_examples(write_rows(row), plain, max_length=99)

@@ -32,6 +32,8 @@ class TestDetection:
             ("prompt completion", "prompt"),
             ("prompt response", "prompt"),
             ("prompt prompt_id messages", "messages"),
+            ("text meta", "text"),
+            ("instruction input output text", "alpaca"),
         ],
     )
     def test_by_columns_among_others(self, columns, format):
@@ -57,6 +59,16 @@ class TestDetection:
 
 
 class TestReading:
+    def test_plain_text_is_all_the_models(self):
+        conversation = read("text", {"text": " The sky.\n"})
+        assert conversation.turns == (Turn("assistant", " The sky.\n"),)
+        assert conversation.verbatim
+
+    def test_sharegpts_column_with_the_keys_of_messages(self):
+        assert read("sharegpt", {"conversations": [USER, ASSISTANT]}) == read(
+            "messages", {"messages": [USER, ASSISTANT]}
+        )
+
     @pytest.mark.parametrize("extra", [{}, {"input": ""}, {"input": None}])
     def test_alpaca_without_input(self, extra):
         conversation = read("alpaca", {"instruction": "Add.", "output": " 2 ", **extra})
