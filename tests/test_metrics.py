@@ -1,4 +1,7 @@
-"""Metrics against implementations that this project did not write, and properties that any of them must have."""
+"""Metrics against their written definitions, and properties that any of them must have.
+
+test_metrics_oracles.py has them beside implementations that this project did not write.
+"""
 
 import numpy as np
 import pytest
@@ -27,71 +30,7 @@ def case(request):
     return probabilities, labels, *metrics.top_choice(probabilities, labels)
 
 
-# --- oracles ---------------------------------------------------------------------------------------------------------
-
-
-def test_ece_sce_ace_and_rms_match_uncertainty_calibration(case):
-    calibration = pytest.importorskip("calibration")
-    from calibration.utils import get_equal_bins, get_equal_prob_bins
-
-    p, k, confidence, correct = case
-
-    def oracle(**arguments):
-        return calibration.lower_bound_scaling_ce(p, k, debias=False, **arguments)
-
-    assert metrics.expected_calibration_error(confidence, correct) == pytest.approx(
-        calibration.get_ece(p, k, num_bins=15), abs=1e-9
-    )
-    assert metrics.expected_calibration_error(confidence, correct, scheme="equal_mass") == pytest.approx(
-        calibration.get_ece_em(p, k, num_bins=15), abs=1e-9
-    )
-    assert metrics.static_calibration_error(p, k) == pytest.approx(
-        oracle(p=1, num_bins=15, binning_scheme=get_equal_prob_bins, mode="marginal"), abs=1e-9
-    )
-    assert metrics.adaptive_calibration_error(p, k) == pytest.approx(
-        oracle(p=1, num_bins=15, binning_scheme=get_equal_bins, mode="marginal"), abs=1e-9
-    )
-    assert metrics.rms_calibration_error(confidence, correct) == pytest.approx(
-        oracle(p=2, num_bins=len(k) // 100, binning_scheme=get_equal_bins, mode="top-label"), abs=1e-9
-    )
-
-
-def test_ece_matches_netcal(case):
-    scaling = pytest.importorskip("netcal.metrics")
-    p, k, confidence, correct = case
-    assert metrics.expected_calibration_error(confidence, correct) == pytest.approx(
-        scaling.ECE(15).measure(p if p.shape[1] > 2 else confidence, k if p.shape[1] > 2 else correct), abs=1e-9
-    )
-
-
-def test_mce_matches_torchmetrics(case):
-    torch = pytest.importorskip("torch")
-    functional = pytest.importorskip("torchmetrics.functional.classification")
-    p, k, confidence, correct = case
-    oracle = functional.multiclass_calibration_error(
-        torch.tensor(p), torch.tensor(k), num_classes=p.shape[1], n_bins=15, norm="max"
-    )
-    # torchmetrics accumulates in float32.
-    assert metrics.maximum_calibration_error(confidence, correct) == pytest.approx(float(oracle), abs=1e-6)
-
-
-def test_brier_nll_and_auroc_match_scikit_learn(case):
-    sklearn = pytest.importorskip("sklearn.metrics")
-    p, k, confidence, correct = case
-    assert metrics.negative_log_likelihood(np.log(p), k) == pytest.approx(sklearn.log_loss(k, p), abs=1e-9)
-    assert metrics.auroc(confidence, correct) == pytest.approx(sklearn.roc_auc_score(correct, confidence), abs=1e-9)
-    one_vs_rest = sum(sklearn.brier_score_loss(k == c, p[:, c]) for c in range(p.shape[1]))
-    assert metrics.brier_score(p, k) == pytest.approx(one_vs_rest, abs=1e-9)
-    assert metrics.accuracy(p, k) == sklearn.accuracy_score(k, p.argmax(axis=1))
-
-
-def test_smooth_ece_is_near_relplot(case):
-    relplot = pytest.importorskip("relplot")
-    _, _, confidence, correct = case
-    # relplot knows the width to 1/1024 only and counts the ends of its mesh of about 200 points in full.
-    assert metrics.smooth_calibration_error(confidence, correct) == pytest.approx(
-        relplot.smECE(confidence, correct), rel=0.025, abs=2e-3
-    )
+# --- definitions, written out ----------------------------------------------------------------------------------------
 
 
 def test_smooth_ece_is_the_fixed_point_of_its_definition(case):

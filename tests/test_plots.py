@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from calsmooth import metrics
-from calsmooth.plots import new_figure, plot_reliability, prepare_reliability, save_figure
+from calsmooth.plots import (
+    BarGroup,
+    figure_bytes,
+    new_figure,
+    plot_bars,
+    plot_reliability,
+    plot_reliability_together,
+    prepare_reliability,
+    save_figure,
+    stored_reliability,
+)
 
 
 @pytest.fixture
@@ -44,6 +54,56 @@ def test_bars_reach_accuracy_and_confidence(sample):
     shares = [b.get_height() for b in figure.axes[2].containers[0]]
     assert shares == pytest.approx(panel.bins.count / 500)
     assert f"ECE {panel.ece:.3f}" in figure.axes[0].get_title()
+
+
+def test_a_stored_panel_is_the_panel(sample):
+    panel = prepare_reliability(*sample, title="x", ece_interval=[0.1, 0.2])
+    summary = metrics.summarize_top(*sample) | {"ece_interval": [0.1, 0.2], "reliability": panel.to_dict()}
+    stored = stored_reliability(json.loads(json.dumps(summary)), "x")
+    assert (stored.title, stored.n, stored.ece, stored.ece_interval) == ("x", 500, panel.ece, (0.1, 0.2))
+    for name in ("lower", "upper", "count", "accuracy", "confidence"):
+        assert np.array_equal(getattr(stored.bins, name), getattr(panel.bins, name), equal_nan=True)
+    assert stored.accuracy == pytest.approx(panel.accuracy)
+
+
+def test_titles_name_the_interval(sample):
+    panel = prepare_reliability(*sample, title="x", ece_interval=(0.1, 0.2))
+    title = plot_reliability([panel]).axes[0].get_title()
+    assert title == f"x\nECE {panel.ece:.3f} (0.100 to 0.200)\naccuracy {panel.accuracy:.3f}, n = 500"
+
+
+def test_panels_are_laid_out_in_rows_and_none_leaves_a_gap(sample):
+    panel = prepare_reliability(*sample, title="x")
+    figure = plot_reliability([panel, None, panel], columns=2)
+    assert [ax.axison for ax in figure.axes] == [True, False, True, False, True, False, True, False]
+    titled = [i for i, ax in enumerate(figure.axes) if ax.get_title()]
+    assert titled == [0, 4]  # two columns, each panel with its shares a row below
+
+
+def test_runs_together_are_told_apart(sample):
+    confidence, correct = sample
+    runs = [prepare_reliability(confidence, correct, title="a"), prepare_reliability(confidence, ~correct, title="b")]
+    figure = plot_reliability_together({"one": runs, "two": runs[:1]})
+    lines = [line for line in figure.axes[0].get_lines() if ":" in str(line.get_label())]
+    assert [line.get_label().split(":")[0] for line in lines] == ["a", "b"]
+    assert lines[0].get_color() != lines[1].get_color()
+    filled = runs[1].bins.count > 0
+    assert lines[1].get_ydata() == pytest.approx(runs[1].bins.accuracy[filled])
+    assert figure.axes[1].get_title() == "two"
+
+
+def test_bars_reach_their_values_and_intervals():
+    group = BarGroup("ECE", np.array([[10.0], [20.0]]), np.array([[8.0], [np.nan]]), np.array([[15.0], [np.nan]]))
+    figure = plot_bars([group], ["a", "b"], ["t"])
+    first, errors, second = figure.axes[0].containers
+    assert [bar.get_height() for bar in (*first, *second)] == [10.0, 20.0]
+    (whisker,) = errors.lines[2]
+    assert whisker.get_segments()[0][:, 1].tolist() == [8.0, 15.0]
+
+
+def test_the_same_figure_gives_the_same_bytes(sample):
+    one, two = (figure_bytes(plot_reliability([prepare_reliability(*sample)]), "svg") for _ in range(2))
+    assert one == two
 
 
 def test_one_point_can_be_drawn(tmp_path):
