@@ -15,11 +15,13 @@ from calsmooth.cli.options import Output, settings_command
 from calsmooth.config import Settings, flag_name
 from calsmooth.errors import UsageError
 from calsmooth.evaluate.config import ChoicesConfig
-from calsmooth.files import check_run_folder, read_json
+from calsmooth.files import check_run_folder, read_json, run_folder
 from calsmooth.models import BUILT_IN
 
 S = TypeVar("S", bound=Settings)
 
+EVALUATION = "evaluation"
+"""The folder of the evaluation, where one came first, inside the calibration's."""
 FOR_BAKING = ("model", "revision", "dtype", "device")
 TASKS_SHOWN = 10
 """More tasks than these are left to calibration.json."""
@@ -37,7 +39,7 @@ def calibrate(config: CalibrateCommand, output: Output) -> None:
     Takes an evaluation's predictions.jsonl or lm-evaluation-harness's samples, or evaluates --model on --task first.
     Writes calibration.json and reliability.png.
     """
-    folder = None
+    folder: Path | None = None
     calibrate_config = _part(CalibrateConfig, config)
     if config.bake is not None:
         check_run_folder(config.bake, "--bake")
@@ -127,16 +129,29 @@ def _remarks(found: dict[str, Any]) -> list[str]:
     return lines + found["notes"]
 
 
-def _evaluate_first(config: CalibrateCommand) -> tuple[CalibrateConfig, Any]:
+def _evaluate_first(config: CalibrateCommand) -> tuple[CalibrateConfig, Path]:
     """(configuration that names the new predictions, folder for both runs' files)."""
     announce(config)
     from calsmooth.evaluate.run import run
-    from calsmooth.files import run_folder
     from calsmooth.models import model_label
 
-    folder = run_folder(config.output, f"calibrate-{model_label(config.model)}")
-    evaluation = run(_part(ChoicesConfig, config, output=folder / "evaluation"))
-    return _part(CalibrateConfig, config, predictions=evaluation.folder / "predictions.jsonl"), folder
+    if config.resume:
+        folder = _interrupted(config.output)
+    else:
+        folder = run_folder(config.output, f"calibrate-{model_label(config.model)}")
+    if not (folder / EVALUATION / "results.json").is_file():
+        run(_part(ChoicesConfig, config, output=folder / EVALUATION))
+    return _part(CalibrateConfig, config, predictions=folder / EVALUATION / "predictions.jsonl"), folder
+
+
+def _interrupted(output: Path | None) -> Path:
+    """The folder of an interrupted calibration: --output, or, if that is the evaluation's inside it, the one around."""
+    if output is None:
+        raise UsageError("--resume: name the folder of the interrupted calibration with --output")
+    folder = output.parent if output.name == EVALUATION else output
+    if not (folder / EVALUATION).is_dir() or (folder / "calibration.json").is_file():
+        raise UsageError(f"--resume: {folder} holds no interrupted calibration; leave --resume out")
+    return folder
 
 
 def _refuse_evaluation_options(config: CalibrateCommand) -> None:

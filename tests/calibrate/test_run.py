@@ -255,3 +255,23 @@ def test_without_a_file_it_evaluates_first(tmp_path, monkeypatch):
     assert sorted(p.name for p in output.iterdir()) == names
     found = json.loads((output / "calibration.json").read_text())
     assert found["config"]["predictions"] == str(output / "evaluation" / "predictions.jsonl")
+
+
+def test_an_interrupted_calibration_goes_on(tmp_path, monkeypatch):
+    import calsmooth.evaluate.run as evaluation
+
+    def evaluate(config):
+        assert config.resume
+        write_predictions(config.output / "predictions.jsonl", make_predictions(80))
+
+    monkeypatch.setattr(evaluation, "run", evaluate)
+    output = tmp_path / "o"
+    arguments = ["calibrate", "--resume", "-o"]
+    done = CliRunner().invoke(app, [*arguments, str(output)])
+    assert "holds no interrupted calibration" in str(done.exception)
+    (output / "evaluation" / "unfinished").mkdir(parents=True)
+    # The hint of an interrupted evaluation names the evaluation's own folder.
+    done = CliRunner().invoke(app, [*arguments, str(output / "evaluation")])
+    assert done.exit_code == 0, done.output
+    assert (output / "calibration.json").is_file()
+    assert "name the folder" in str(CliRunner().invoke(app, ["calibrate", "--resume"]).exception)
