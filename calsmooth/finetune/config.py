@@ -7,6 +7,7 @@ from typing import Any
 
 from calsmooth.config import Settings, setting
 from calsmooth.data.sources import source_text
+from calsmooth.errors import UsageError
 from calsmooth.models import BUILT_IN
 
 DATA, TRAINING, LOGITS, ADAPTERS = "Data", "Training", "Logits", "Adapters (LoRA)"
@@ -277,6 +278,17 @@ class FinetuneConfig(Settings):
         if isinstance(self.dataset, str):  # from Python one source may be given as it is
             object.__setattr__(self, "dataset", (self.dataset,))
         super().__post_init__()
+        if self.lora_merge and self.lora_rank is None:
+            raise UsageError("--lora-merge needs --lora-rank; without adapters there is nothing to merge")
+        changed = self.logit_temperature != 1.0 or self.logit_softcap is not None
+        if changed and self.lora_rank is not None and not self.lora_merge:
+            raise UsageError(
+                "--logit-temperature and --logit-softcap change the model, and adapters can't hold it; add --lora-merge"
+            )
+        if self.eval_dataset is not None and self.eval_every is None:
+            raise UsageError("--eval-dataset is measured by --eval-every, which isn't given; add it")
+        if self.min_lr and self.scheduler not in ("cosine", "warmup_stable_decay"):
+            raise UsageError(f"--min-lr: the {self.scheduler} schedule ends at 0; take cosine or warmup_stable_decay")
 
     def resolve(self) -> "FinetuneConfig":
         """With lr, epochs, batch_size and max_length filled in: the built-in model's recipe, or the paper's."""

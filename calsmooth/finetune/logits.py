@@ -59,7 +59,7 @@ def set_dropout(config: "PreTrainedConfig", dropout: float) -> list[str]:
         raise UsageError(f"--dropout {dropout:g}: {config.model_type} has no dropout; leave it out")
     for name in names:
         setattr(text, name, dropout)
-    return names
+    return sorted(names)
 
 
 def check_temperature(model: "PreTrainedModel", batch: dict[str, Tensor], temperature: float) -> None:

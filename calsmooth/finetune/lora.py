@@ -45,9 +45,10 @@ def add_adapters(model: "PreTrainedModel", config: FinetuneConfig, dtype: torch.
         lora_dropout=config.lora_dropout,
         target_modules=ALL if targets == [ALL] else targets,
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
         # peft asks transformers for a name that is about to go.
         warnings.filterwarnings("ignore", category=FutureWarning)
+        torch.manual_seed(config.seed)  # they begin at random
         return get_peft_model(model, adapters)
 
 
