@@ -64,6 +64,7 @@ def training_arguments(plan: Plan, folder: Path, device: torch.device, *, resume
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        log_level_replica="error",
         **_parallel(config),
     )
     if arguments.n_gpu > 1:

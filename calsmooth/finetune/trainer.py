@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
 from torch import Tensor
@@ -109,8 +110,8 @@ class SFTTrainer(Trainer):
         if self.args.fsdp and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
             # accelerate hands its plugin to GPUs only; processors shard as well.
             state = self.accelerator.state
-            state.distributed_type = DistributedType.FSDP
-            state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
     def gathered_weights(self) -> dict[str, Tensor] | None:
@@ -176,6 +177,11 @@ class SFTTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with readable(Path(checkpoint)) if checkpoint else nullcontext():
             super()._load_rng_state(checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Gathered weights are in the first process only; transformers would look at the shards of the others.
+        if self.processes.first or not self.is_fsdp_enabled:
+            super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir))
