@@ -1,7 +1,7 @@
 """How many sequences run at once: as many as the free memory holds, half of them where that was too many.
 
 A batch size changes speed and memory and nothing else, so an estimate is good enough: it may be off by a factor of two
-either way before the halving sets in, and beyond a few thousand tokens a batch is no faster for being larger.
+either way before the halving sets in, and beyond some size a batch is no faster for being larger.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-ENOUGH_TOKENS = {"cpu": 2048, "cuda": 32768}
-"""New tokens of a batch beyond which a forward isn't faster per token."""
+ENOUGH_TOKENS = 2048
+"""New tokens of a batch beyond which a forward isn't faster per token; on a GPU for the largest models only."""
+ENOUGH_WORK = 6e12
+"""New tokens times parameters of a batch that keep a GPU busy for longer than it takes to launch the forward."""
 SHARE_OF_FREE = 0.5
 
 
@@ -44,7 +46,9 @@ class Batches:
         self._divisor = 1
         self._device = model.device
         self._footprint = _Footprint.of(model)
-        self._enough = ENOUGH_TOKENS.get(model.device.type, ENOUGH_TOKENS["cpu"])
+        self._enough = ENOUGH_TOKENS
+        if model.device.type == "cuda":
+            self._enough = max(int(ENOUGH_WORK / model.num_parameters()), ENOUGH_TOKENS)
 
     def run(
         self, items: Sequence[T], size: Callable[[T], Size], work: Callable[[list[T]], R]

@@ -38,7 +38,8 @@ WORTH_SHARING = 16
 class Sharing:
     """What of the key/value cache a model lets us reuse.
 
-    prefix: sequences that go on without a gap. contexts: also sequences with masked padding in between.
+    prefix: sequences that go on without a gap. contexts: also sequences with masked padding in between. reason: why
+    not.
     """
 
     prefix: bool
@@ -58,9 +59,9 @@ def cache_sharing(model: "PreTrainedModel") -> Sharing:
     if "past_key_values" not in accepted or getattr(model, "_is_stateful", False):
         return Sharing(False, False, "it keeps a running state instead of a key/value cache")
     if kinds <= {DynamicLayer}:
-        return Sharing(True, "position_ids" in accepted)
+        return Sharing(True, True) if "position_ids" in accepted else Sharing(True, False, "it counts positions itself")
     if kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and not getattr(config, "attention_chunk_size", None):
-        return Sharing(True, False)
+        return Sharing(True, False, "its sliding window would count padding")
     return Sharing(False, False, "its cache isn't plain keys and values in every layer")
 
 

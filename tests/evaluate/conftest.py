@@ -47,23 +47,46 @@ SIZES = {
 }
 
 
+KINDS = {
+    # what the names of its classes begin with, and what is particular to it
+    "llama": ("Llama", {}),
+    "gpt2": ("GPT2", {"n_positions": 1024}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 8, "sliding_window": 24, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    "mistral": ("Mistral", {"sliding_window": 24}),
+    "bloom": ("Bloom", {}),
+    "mamba": ("Mamba", {"state_size": 4}),
+    "lfm2": (
+        "Lfm2",
+        {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
+    "llama4": (
+        "Llama4Text",
+        {"head_dim": 8, "attention_chunk_size": 16, "intermediate_size_mlp": 48, "num_local_experts": 2},
+    ),
+}
+
+
 def build_model(kind: str = "llama", dtype: torch.dtype = torch.float32, **changes):
     import transformers
 
-    extra = {
-        "llama": {},
-        "gpt2": {"n_positions": 1024},
-        "gemma2": {"head_dim": 8, "sliding_window": 24, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
-        "mamba": {"state_size": 4},
-    }[kind]
-    classes = {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
-        "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
-        "mamba": (transformers.MambaConfig, transformers.MambaForCausalLM),
-    }[kind]
+    name, particular = KINDS[kind]
+    config = getattr(transformers, f"{name}Config")(**(SIZES | particular | changes))
+    of_text = name.removesuffix("Text")
+    model = getattr(transformers, f"{of_text}{'LMHeadModel' if kind == 'gpt2' else 'ForCausalLM'}")
     torch.manual_seed(0)
-    return classes[1](classes[0](**(SIZES | extra | changes))).to(dtype).eval()
+    return model(config).to(dtype).eval()
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,28 @@ def test_what_is_shared_and_what_is_not(build):
     assert "running state" in recurrent.reason
 
 
+@pytest.mark.parametrize("letters", [True, False], ids=["letter", "cloze"])
+@pytest.mark.parametrize(
+    ("kind", "prefix", "contexts"),
+    [
+        ("gemma3", True, False),  # sliding windows in some layers
+        ("mistral", True, False),  # in all
+        ("bloom", True, False),  # takes no positions
+        ("lfm2", False, False),  # convolutions
+        ("llama4", False, False),  # attention within chunks
+    ],
+)
+def test_windows_chunks_and_states_are_shared_only_where_it_is_right(build, kind, prefix, contexts, letters):
+    model = build(kind, torch.float64)
+    requests = make_requests(letters=letters, count=4)
+    scorer = Scorer(model)
+    for got, request in zip(scorer.score(requests), requests, strict=True):
+        # Llama 4 norms in float32.
+        assert got == pytest.approx(one_at_a_time(model, request), abs=1e-5 if kind == "llama4" else 1e-9)
+    assert (scorer.sharing.prefix, scorer.sharing.contexts) == (prefix, contexts)
+    assert scorer.sharing.reason
+
+
 def test_every_token_is_run_once(build):
     model = build()
     requests = make_requests(letters=True)
