@@ -290,6 +290,21 @@ class FinetuneConfig(Settings):
         if self.min_lr and self.scheduler not in ("cosine", "warmup_stable_decay"):
             raise UsageError(f"--min-lr: the {self.scheduler} schedule ends at 0; take cosine or warmup_stable_decay")
 
+        if self.streaming:
+            self._check_stream()
+
+    def _check_stream(self) -> None:
+        if self.max_steps is None:
+            raise UsageError("--streaming: a stream has no end; say with --max-steps how many steps to train")
+        for flag, value, instead in (
+            ("--epochs", self.epochs, "--max-steps says how long to train"),
+            ("--limit", self.limit, "--max-steps times --batch-size examples are read"),
+        ):
+            if value is not None:
+                raise UsageError(f"{flag} {value}: goes with data that has an end, not with --streaming; {instead}")
+        if self.eval_every and self.eval_dataset is None:
+            raise UsageError("--eval-every: nothing can be held out of a stream; give --eval-dataset")
+
     def resolve(self) -> "FinetuneConfig":
         """With lr, epochs, batch_size and max_length filled in: the built-in model's recipe, or the paper's."""
         recipe = PAPER_RECIPE
@@ -297,7 +312,10 @@ class FinetuneConfig(Settings):
             from calsmooth.demo.recipe import RECIPE
 
             recipe = RECIPE
-        return dataclasses.replace(self, **{k: v for k, v in recipe.items() if getattr(self, k) is None})
+        open_ones = {
+            k: v for k, v in recipe.items() if getattr(self, k) is None and not (k == "epochs" and self.streaming)
+        }
+        return dataclasses.replace(self, **open_ones)
 
     def dataset_label(self) -> str:
         """A short name of the data for titles: the last part of each path or hub id, its weight where it has one."""

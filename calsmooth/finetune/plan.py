@@ -112,7 +112,6 @@ def prepare(config: FinetuneConfig, processes: int = 1) -> "tuple[Plan, PreTrain
     Raises:
         UsageError, CalsmoothError: the data, the tokenizer or the batch sizes can't be as asked.
     """
-    _check_streaming(config)
     config = config.resolve()
     device = pick_device(config.device)
     _check_batch_size(config, processes)
@@ -185,24 +184,6 @@ def _check_batch_size(config: FinetuneConfig, processes: int) -> None:
     if micro_batch and batch_size // processes % micro_batch:
         share = f" over {processes} processes" if processes > 1 else ""
         raise UsageError(f"--micro-batch-size {micro_batch} doesn't divide --batch-size {batch_size}{share}")
-
-
-def _check_streaming(config: FinetuneConfig) -> None:
-    """Raises:
-    UsageError: the configuration asks for something of a stream that only data with an end has.
-    """
-    if not config.streaming:
-        return
-    if config.max_steps is None:
-        raise UsageError("--streaming: a stream has no end; say with --max-steps how many steps to train")
-    for flag, value, instead in (
-        ("--epochs", config.epochs, "--max-steps says how long to train"),
-        ("--limit", config.limit, "--max-steps times --batch-size examples are read"),
-    ):
-        if value is not None:
-            raise UsageError(f"{flag} {value}: goes with data that has an end, not with --streaming; {instead}")
-    if config.eval_every and config.eval_dataset is None:
-        raise UsageError("--eval-every: nothing can be held out of a stream; give --eval-dataset")
 
 
 def epoch_order(
