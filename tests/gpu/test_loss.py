@@ -14,7 +14,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
     pytest.skip("needs a CUDA device of compute capability 8.0 or above", allow_module_level=True)
 pytest.importorskip("triton")
 
-from calsmooth.loss.kernels import configurations, filtered, lean
+from calsmooth.loss.kernels import configurations, filtered, lean, tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -44,7 +44,7 @@ def exact_in_float64(E: Tensor, C: Tensor, y: Tensor, options: dict[str, Any]) -
     return loss, list(torch.autograd.grad(loss, wide, incoming.double())), incoming
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "exact in chunks"])
 @pytest.mark.parametrize("descriptors", [True, False])
 @pytest.mark.parametrize(
     "options",
@@ -63,8 +63,10 @@ def test_right_and_the_same_twice(
             smaller = replace(configuration, block_v=128, descriptors=False)
             monkeypatch.setitem(configurations.TABLE, key, smaller)
     monkeypatch.setattr(filtered, "ENTRIES_PER_TOKEN", 2**12)  # room for whatever random logits need
+    if mode == "exact in chunks":
+        monkeypatch.setattr(tiles, "BUFFER_BYTES", 2**22)
     E, C, y = make(700, 9003, 264)
-    options = dict(options, mode=mode)
+    options = dict(options, mode=mode.split()[0])
     expected, wanted, incoming = exact_in_float64(E, C, y, options)
     runs = []
     for _ in range(2):
@@ -88,7 +90,9 @@ def test_odd_rows_and_float16(mode: str) -> None:
         assert relative(g, w) < 3e-3
 
 
-def test_targets_far_below_the_top() -> None:
+@pytest.mark.parametrize("buffer_bytes", [2**22, 2**30])
+def test_targets_far_below_the_top(buffer_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "BUFFER_BYTES", buffer_bytes)
     E, C, y = make(700, 5000, 256)
     E = (E.detach() * 12).requires_grad_()
     z = E.detach().float() @ C.detach().float().T
@@ -123,8 +127,12 @@ def test_torch_compile_sees_one_operator(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["exact", "lean"])
+@pytest.mark.parametrize("buffer_bytes", [2**22, 2**30])
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_nothing_waits_for_the_device(mode: str, softcap: float | None) -> None:
+def test_nothing_waits_for_the_device(
+    mode: str, buffer_bytes: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "BUFFER_BYTES", buffer_bytes)
     E, C, y = make(512, 4096, 256)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -25,7 +25,7 @@ from triton.runtime.errors import OutOfResources
 
 from calsmooth.loss import chunked, fused, linear_cross_entropy_reference, token_statistics, tuning
 from calsmooth.loss.functional import prepare
-from calsmooth.loss.kernels import configurations, exact, filtered, lean, tiles
+from calsmooth.loss.kernels import configurations, exact, filtered, lean, tiles, whole
 from calsmooth.loss.kernels.configurations import Configuration
 from calsmooth.loss.statistics import _fused as fused_statistics
 
@@ -42,6 +42,14 @@ def make(N: int, V: int, D: int, *, dtype: torch.dtype = torch.float32, ignored:
     y = torch.randint(0, V, (N,), generator=g)
     y[torch.randperm(N, generator=g)[: min(ignored, N - 1)]] = -100
     return [E.requires_grad_(), C.requires_grad_(), y]
+
+
+def make_far(N: int, V: int, D: int) -> list[Tensor]:
+    """The same with a target far below its row's top."""
+    E, C, y = make(N, V, D)
+    with torch.no_grad():
+        E[0] *= 30
+    return [E, C, y]
 
 
 def by_kernels(E: Tensor, C: Tensor, y: Tensor, **options: Any) -> Tensor:
@@ -149,6 +157,48 @@ def test_filtered_drops_what_chunked_drops(shape: tuple[int, int, int], softcap:
     assert relative(kept, kept_expected) < 3e-6
     for g, w in zip(torch.autograd.grad(loss, [E, C]), torch.autograd.grad(expected, wide), strict=True):
         assert relative(g, w) < 3e-6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(label_smoothing=0.1),
+        dict(reduction="sum"),
+        dict(label_smoothing=0.5, softcap=3.0, scale=0.5),
+        dict(label_smoothing=0.1, z_loss=1e-2, softcap=2.0),
+        dict(label_smoothing=0.1, scale=1.7, z_loss=1e-2, bias=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_logits_that_fit_at_once(
+    shape: tuple[int, int, int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "BUFFER_BYTES", 2**20)
+    called = []
+    make = whole.losses_and_gradients
+    monkeypatch.setattr(whole, "losses_and_gradients", lambda *a: called.append(1) or make(*a))
+    E, C, y = make_far(*shape)
+    bias = torch.randn(shape[1]) if options.get("bias") else None
+    options = dict(options, bias=bias)
+    wide = [t.detach().double().requires_grad_() for t in (E, C)]
+    expected = linear_cross_entropy_reference(*wide, y, **dict(options, bias=None if bias is None else bias.double()))
+    loss = by_kernels(E, C, y, **options)
+    assert relative(loss, expected) < 3e-6
+    incoming = torch.tensor(1.3, dtype=torch.float64)
+    for g, w in zip(
+        torch.autograd.grad(loss, [E, C], incoming.float()), torch.autograd.grad(expected, wide, incoming), strict=True
+    ):
+        # Where a softcap saturates, 1 - (z / t)^2 loses digits.
+        assert relative(g, w) < (3e-6 if options.get("softcap") is None else 2e-5)
+    with torch.no_grad():
+        E[y == -100] = float("nan")
+    loss_again = by_kernels(E, C, y, **options)
+    dE, dC = torch.autograd.grad(loss_again, [E, C], incoming.float())
+    assert torch.equal(loss_again, loss)
+    assert dC.isfinite().all()
+    assert (dE[y == -100] == 0).all()
+    assert len(called) == 2
 
 
 def test_a_list_that_overflows_makes_filtered_exact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Design: one walk over the vocabulary serves everything (`walk`); what a mode add
     tiles            a tile of E C^T, and from products to logits
     walk             log-sum-exp, losses, top-1, entropy; group maxima for `filtered`, logits for `capped`
     exact, capped    gradients in the forward, three products: without a softcap, and with one
+    whole            the same where all logits fit into one buffer: fewer launches
     gradient, lean   gradients from known log-sum-exps, a strip of the vocabulary at a time
     filtered         gradients from the entries that reach `filter_eps`
     rows, products   small steps over tokens and features; what cuBLAS does

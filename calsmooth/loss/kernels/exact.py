@@ -16,7 +16,8 @@ Where a target lies so far below its row's top that the sums leave a safe range,
 such a row are made again with the row's maximum as reference. That is decided on the device: two launches that mostly
 find nothing to do.
 
-Without a softcap only: with one, the smoothing term isn't rank one and needs l_i before it is written (`capped`).
+Without a softcap only: with one, the smoothing term isn't rank one and needs l_i before it is written (`capped`). And
+for problems that are larger than one buffer: smaller ones take less asking of the host (`whole`).
 """
 
 from typing import Any
@@ -26,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calsmooth.loss.kernels import capped
+from calsmooth.loss.kernels import capped, whole
 from calsmooth.loss.kernels.lean import WIDE_BYTES, token_gradients
 from calsmooth.loss.kernels.products import accumulate, product, product_plus_row
 from calsmooth.loss.kernels.rows import (
@@ -293,7 +294,10 @@ def loss_and_gradients(
     """The loss, (N,) log-sum-exps, dE and dC (empty where not needed) for an incoming gradient of 1."""
     operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss), storing=True)
     weights = _weights(targets, mean)
-    make = losses_and_gradients if softcap is None else capped.losses_and_gradients
+    if whole.fits(operands):
+        make = whole.losses_and_gradients
+    else:
+        make = losses_and_gradients if softcap is None else capped.losses_and_gradients
     losses, lse, dE, dC = make(operands, targets, weights, head_dtype, need_E, need_C)
     nothing = E.new_empty(0)
     return (losses * weights).sum(), lse, nothing if dE is None else dE, E.new_empty(0) if dC is None else dC
