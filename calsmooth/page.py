@@ -33,7 +33,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 caption { caption-side: bottom; text-align: left; padding-top: .5rem; }
 th, td { padding: .32rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); }
-.left { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.left { text-align: left; }
+.left ~ .left { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }
 th:first-child, td:first-child { padding-left: 0; }
 td b { font-weight: 700; }
 .group { text-align: center; border-bottom: 0; color: var(--ink); }

@@ -118,7 +118,7 @@ def _unlike(runs: Sequence[Run], tasks: Sequence[str]) -> Iterator[str]:
             yield f"{task}: the runs differ in {key} ({each}), so that their numbers don't compare like with like"
         # Every model has a chat template of its own; other prompts are the same to the letter.
         chat = any(summary.get("chat_template") for _, summary in present)
-        if not unlike and not chat and len({summary.get("key") for _, summary in present}) > 1:
+        if not unlike and not chat and len({summary["key"] for _, summary in present if "key" in summary}) > 1:
             yield f"{task}: the runs were not asked the same questions in the same words (their task keys differ)"
 
 

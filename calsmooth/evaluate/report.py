@@ -78,14 +78,14 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 def _page(results: Mapping[str, Any], reliability: str) -> str:
-    tasks = results["tasks"]
+    tasks, shown = results["tasks"], METRICS[:ON_TERMINAL]
     every = []
     for name, task in tasks.items():
         every.append((name, task))
         if "per_byte" in task:
             every.append((f"{name}, per byte", task["per_byte"]))
     subjects = [
-        page.folded(f"{name}: {len(task['subjects'])} subjects", _metrics(task["subjects"].items(), "subject"))
+        page.folded(f"{name}: {len(task['subjects'])} subjects", _metrics(task["subjects"].items(), "subject", shown))
         for name, task in tasks.items()
         if "subjects" in task
     ]
@@ -103,9 +103,7 @@ def _page(results: Mapping[str, Any], reliability: str) -> str:
     return page.page(
         f"Calibration of {model_label(results['model'])}",
         f"{', '.join(tasks)}; calsmooth {results['versions']['calsmooth']}",
-        page.section(
-            "Results", _metrics(every, "task", METRICS[:ON_TERMINAL]), page.bullets(remarks(results, by_subject=True))
-        ),
+        page.section("Results", _metrics(every, "task", shown), page.bullets(remarks(results, by_subject=True))),
         page.section("Reliability", reliability),
         page.section("All metrics", _transposed(every), *subjects),
         page.section(
@@ -117,7 +115,7 @@ def _page(results: Mapping[str, Any], reliability: str) -> str:
     )
 
 
-def _metrics(rows: Iterable[tuple[str, Mapping[str, Any]]], first: str, shown: Sequence[Metric] = METRICS) -> str:
+def _metrics(rows: Iterable[tuple[str, Mapping[str, Any]]], first: str, shown: Sequence[Metric]) -> str:
     headings = [first, "n", *(metric.heading for metric in shown)]
     return page.table(
         headings, [[name, f"{s['n']:,}", *(metric_text(s, metric) for metric in shown)] for name, s in rows]
