@@ -42,7 +42,9 @@ class Processes:
         """
         device = pick_device(name)
         if self.count > 1 and device.type == "cuda" and device.index is None:
-            return pick_device(f"cuda:{int(os.environ.get('LOCAL_RANK', self.rank)) % torch.cuda.device_count()}")
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank)) % torch.cuda.device_count())
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # Triton launches its kernels on the current one
         return device
 
     def by_first(self, make: Callable[[], T]) -> T:

@@ -14,7 +14,6 @@ from calsmooth.evaluate.choices import Choices
 from calsmooth.evaluate.config import ChoicesConfig, EvaluateConfig
 from calsmooth.evaluate.ledger import Ledger
 from calsmooth.evaluate.next_token import TokenPredictor
-from calsmooth.evaluate.parallel import Processes, joined
 from calsmooth.evaluate.report import write_report
 from calsmooth.evaluate.responses import Responses
 from calsmooth.evaluate.scoring import Scorer
@@ -25,6 +24,7 @@ from calsmooth.evaluate.units import perform
 from calsmooth.files import write_json
 from calsmooth.models import load_model, load_tokenizer, model_fingerprint, model_label, pick_dtype
 from calsmooth.plots import Reliability
+from calsmooth.processes import Processes, joined
 from calsmooth.records import Prediction, write_predictions
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from calsmooth.console import progress
 from calsmooth.evaluate.ledger import Ledger
-from calsmooth.evaluate.parallel import Processes
+from calsmooth.processes import Processes
 
 T = TypeVar("T")
 
