@@ -255,10 +255,23 @@ class TestRealData:
             check_shape(example)
             assert learned(chatml, example).endswith("<|im_end|>")
 
-    def test_a_malformed_file_is_refused(self, external_data, chatml):
-        source = str(external_data / "alpaca_libre" / "alpaca_libre_tasks_v2.jsonl")
-        with pytest.raises(CalsmoothError, match=r"alpaca_libre_tasks_v2\.jsonl, line \d+: not valid JSON"):
-            load_examples(source, chatml, max_length=100)
+    def test_rows_that_are_no_use_are_refused_or_counted(self, external_data, chatml):
+        path = external_data / "alpaca_libre" / "alpaca_libre_tasks_v2.jsonl"
+        with pytest.raises(CalsmoothError, match=r"alpaca_libre_tasks_v2\.jsonl, line \d+: column 'output' is empty"):
+            load_examples(str(path), chatml, max_length=100_000)
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = load_example_set(str(path), chatml, max_length=100_000, on_bad_row="skip")
+        assert found.rows == len(lines)
+        assert found.bad == sum(map(_is_no_use, lines)) > 50
+        assert len(found.examples) == found.rows - found.bad
+
+
+def _is_no_use(line: str) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return True
+    return not (str(row.get("instruction") or "").strip() and str(row.get("output") or "").strip())
 
 
 class TestRealModels:
