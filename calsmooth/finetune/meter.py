@@ -15,7 +15,6 @@ from transformers import TrainerCallback, TrainingArguments
 
 from calsmooth.environment import peak_memory
 from calsmooth.errors import CalsmoothError
-from calsmooth.files import read_json
 from calsmooth.finetune.order import EpochOrder
 from calsmooth.finetune.stopping import StopRequest
 from calsmooth.finetune.stream import StepStream
@@ -85,7 +84,7 @@ class Meter(TrainerCallback):
         (checkpoint / METER).write_text(json.dumps(values))
 
     def load(self, checkpoint: Path) -> None:
-        values = read_json(checkpoint / METER)
+        values = json.loads((checkpoint / METER).read_text())
         self.tokens, self.last_tokens = values["tokens"], values["last_tokens"]
         self.loss, self.kept_mass = values["loss"], values["kept_mass"]
         self.first_loss = values["first_loss"]
