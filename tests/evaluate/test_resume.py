@@ -72,17 +72,11 @@ def whole(arguments, tmp_path_factory):
     return folder
 
 
-def assert_same(folder, whole):
-    assert (folder / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
-    results = [json.loads((f / "results.json").read_text()) for f in (folder, whole)]
-    for result in results:
-        for name in VOLATILE:
-            del result[name]
-    assert results[0] == results[1]
-    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in whole.iterdir())
+def stable(results):
+    return {name: value for name, value in results.items() if name not in VOLATILE}
 
 
-def test_a_killed_evaluation_resumes_to_the_same_scores_also_with_more_processes(arguments, whole, tmp_path):
+def test_a_killed_evaluation_resumes_to_what_one_process_gives_in_one_go(arguments, whole, tmp_path):
     folder = tmp_path / "run"
     killed = command(arguments, folder, KILLED_IN_THE_FOURTH_UNIT)
     assert killed.returncode == -signal.SIGKILL
@@ -92,20 +86,14 @@ def test_a_killed_evaluation_resumes_to_the_same_scores_also_with_more_processes
     with open(kept, "a") as file:
         file.write('{"unit": "mmlu/anatomy/0", "logprobs": [[-1.2')  # what a crash may leave
 
-    refused = command(arguments, folder)
-    assert refused.returncode == 2
-    assert "holds an interrupted evaluation; go on with --resume" in refused.stderr
-
-    resumed = command([*arguments, "--resume"], folder, processes=2)
+    # Whoever goes on: here two processes, which share what is left.
+    resumed = command([*arguments, "--resume", "--json"], folder, processes=2)
     assert resumed.returncode == 0, resumed.stderr
-    assert_same(folder, whole)
-
-
-def test_two_processes_write_what_one_writes(arguments, whole, tmp_path):
-    done = command([*arguments, "--json"], tmp_path / "run", processes=2)
-    assert done.returncode == 0, done.stderr
-    assert_same(tmp_path / "run", whole)
-    assert json.loads(done.stdout) == json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (folder / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in whole.iterdir())
+    results, expected = (json.loads((f / "results.json").read_text()) for f in (folder, whole))
+    assert json.loads(resumed.stdout) == results
+    assert stable(results) == stable(expected)
 
 
 def test_what_is_asked_must_be_the_same(arguments, model_folder, tmp_path):
@@ -120,6 +108,8 @@ def test_what_is_asked_must_be_the_same(arguments, model_folder, tmp_path):
         patch.setattr("calsmooth.evaluate.scoring.Scorer.score", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(EvaluateConfig(**asked))  # a new folder: --resume starts one
+    with pytest.raises(UsageError, match="holds an interrupted evaluation; go on with --resume"):
+        run(EvaluateConfig(**(asked | {"resume": False})))
     for changes, named in (
         ({"shots": 1}, "task mmlu .*1 shots"),
         ({"prompt_style": "lm-eval"}, "task mmlu .*lm-eval"),
