@@ -15,6 +15,7 @@ from calsmooth import metrics
 from calsmooth.calibrate.binning import fit_histogram, fit_isotonic
 from calsmooth.calibrate.config import FIT_FRACTION, CalibrateConfig
 from calsmooth.calibrate.fit import Fit
+from calsmooth.calibrate.report import write_report
 from calsmooth.calibrate.sources import load_predictions
 from calsmooth.calibrate.split import Part, folds, split
 from calsmooth.calibrate.temperature import fit_temperature
@@ -23,7 +24,7 @@ from calsmooth.environment import versions
 from calsmooth.errors import UsageError
 from calsmooth.files import run_folder, write_json
 from calsmooth.metrics import Array
-from calsmooth.plots import Reliability, plot_reliability, prepare_reliability, save_figure
+from calsmooth.plots import Reliability, prepare_reliability
 
 RESAMPLES = 1000
 SUM, PER_BYTE = "sum", "per_byte"
@@ -31,7 +32,7 @@ SUM, PER_BYTE = "sum", "per_byte"
 
 @dataclass(frozen=True)
 class CalibrateResult:
-    """`results` is what calibration.json holds; `folder` has it and reliability.png and .svg."""
+    """`results` is what calibration.json holds; `folder` has it, reliability.png, .svg and report.html."""
 
     results: dict[str, Any]
     folder: Path
@@ -76,9 +77,7 @@ def run(config: CalibrateConfig, folder: Path | None = None) -> CalibrateResult:
 
     folder = folder or run_folder(config.output, f"calibrate-{_name(config.predictions)}")
     write_json(folder / "calibration.json", results)
-    figure = plot_reliability(panels, columns=2)
-    for suffix in ("png", "svg"):
-        save_figure(figure, folder / f"reliability.{suffix}")
+    write_report(folder, results, panels)
     return CalibrateResult(results, folder)
 
 

@@ -1,6 +1,5 @@
 """`calsmooth calibrate`: the recalibration, after an evaluation where there are no predictions yet."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +22,6 @@ S = TypeVar("S", bound=Settings)
 EVALUATION = "evaluation"
 """The folder of the evaluation, where one came first, inside the calibration's."""
 FOR_BAKING = ("model", "revision", "dtype", "device")
-TASKS_SHOWN = 10
-"""More tasks than these are left to calibration.json."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ def calibrate(config: CalibrateCommand, output: Output) -> None:
     """Recalibrate on one part of the predictions, report calibration before and after on the rest.
 
     Takes an evaluation's predictions.jsonl or lm-evaluation-harness's samples, or evaluates --model on --task first.
-    Writes calibration.json and reliability.png.
+    Writes calibration.json, reliability.png and report.html.
     """
     folder: Path | None = None
     calibrate_config = _part(CalibrateConfig, config)
@@ -49,14 +46,15 @@ def calibrate(config: CalibrateCommand, output: Output) -> None:
     else:
         calibrate_config, folder = _evaluate_first(config)
         model, revision = config.model, config.revision
+    from calsmooth.calibrate.report import remarks, rows, what_was_fitted
     from calsmooth.calibrate.run import run
     from calsmooth.tables import metrics_table
 
     result = run(calibrate_config, folder)
     found = result.results
-    console.say(_what_was_fitted(found))
-    output.show(metrics_table(_rows(found)), result=found)
-    for note in _remarks(found):
+    console.say(Text(what_was_fitted(found)))
+    output.show(metrics_table(rows(found)), result=found)
+    for note in remarks(found):
         console.say(Text(note, style="dim"))
     console.say(f"Wrote {result.folder}/: {', '.join(sorted(p.name for p in result.folder.iterdir()))}")
     if config.bake is not None:
@@ -87,46 +85,6 @@ def _evaluated_model(config: CalibrateCommand) -> tuple[str, str | None]:
         raise UsageError(f"--bake: {folder} has no results.json that names the model; name it with --model")
     found = read_json(results)
     return str(found["model"]), found["config"].get("revision")
-
-
-def _what_was_fitted(found: dict[str, Any]) -> str:
-    if found["method"] != "temperature":
-        fitted = f"Method {found['method']}"
-    else:
-        fitted = f"Temperature [bold]{found['temperature']:.4g}[/bold]"
-        if "per_byte" in found:
-            fitted += f" (of scores per byte, {found['per_byte']['temperature']:.4g})"
-    if "folds" in found:
-        number = len(found["folds"])
-        return (
-            f"{fitted}, fitted on all {found['n_fit']:,} questions; below, each is judged by a fit on the other "
-            f"{number - 1} of {number} folds."
-        )
-    return f"{fitted}, fitted on {found['n_fit']:,} questions; below, the other {found['n_report']:,}."
-
-
-def _rows(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    cloze = "per_byte" in found
-    for words, scores in (("summed, ", found), ("per byte, ", found["per_byte"])) if cloze else (("", found),):
-        yield f"{words}before", scores["before"]
-        yield f"{words}after", scores["after"]
-        tasks = scores.get("tasks", {})
-        if len(tasks) <= TASKS_SHOWN:
-            for name, task in tasks.items():
-                yield f"  {name} before", task["before"]
-                yield f"  {name} after", task["after"]
-
-
-def _remarks(found: dict[str, Any]) -> list[str]:
-    """How sure the numbers are, and the notes of the run."""
-    (low, high), after = found["after"]["ece_interval"], found["after"]
-    lines = [
-        f"95 % interval of ECE after: {low:.3f} to {high:.3f}; perfect calibration would show "
-        f"{after['ece_if_calibrated']:.3f} at this n"
-    ]
-    if len(found.get("tasks", {})) > TASKS_SHOWN:
-        lines.append(f"{len(found['tasks'])} tasks; calibration.json has each")
-    return lines + found["notes"]
 
 
 def _evaluate_first(config: CalibrateCommand) -> tuple[CalibrateConfig, Path]:

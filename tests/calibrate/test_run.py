@@ -20,6 +20,8 @@ from calsmooth.cli.app import app
 from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.records import Prediction, read_predictions, write_predictions
 
+FILES = ("calibration.json", "reliability.png", "reliability.svg", "report.html")
+
 
 def make_predictions(n=400, temperature=2.5, task="quiz", subjects=("a", "b", "c"), seed=0):
     """Over-confident predictions: the truth is what they say, softened by the temperature."""
@@ -48,7 +50,7 @@ def test_the_command_writes_its_files(predictions, tmp_path):
     assert "fitted on 200 questions; below, the other 200" in lines[0]
     assert [line.split()[:2] for line in lines[2:4]] == [["before", "200"], ["after", "200"]]
     folder = tmp_path / "here"
-    assert sorted(p.name for p in folder.iterdir()) == ["calibration.json", "reliability.png", "reliability.svg"]
+    assert sorted(p.name for p in folder.iterdir()) == [*FILES]
     assert (folder / "reliability.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((folder / "calibration.json").read_text())
     assert found["temperature"] == pytest.approx(2.5, rel=0.25)
@@ -141,6 +143,9 @@ def test_cloze_is_calibrated_by_the_sum_and_by_the_byte(tmp_path):
     file = write_predictions(tmp_path / "predictions.jsonl", rows)
     done = CliRunner().invoke(app, ["calibrate", str(file), "-o", str(tmp_path / "o"), "--folds", "2"])
     assert done.exit_code == 0, done.output
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert "https://" not in page
+    assert all(f">{label}<" in page for label in ("summed, before", "per byte, after"))
     labels = [line.split("  ")[0] for line in done.output.splitlines()[2:6]]
     assert labels == ["summed, before", "summed, after", "per byte, before", "per byte, after"]
     found = json.loads((tmp_path / "o" / "calibration.json").read_text())
@@ -251,7 +256,7 @@ def test_without_a_file_it_evaluates_first(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert done.output.startswith("Evaluating the built-in model on the built-in task 'demo'.")
     assert (asked[0].model, asked[0].task, asked[0].limit, asked[0].bins) == ("demo", ("demo",), 80, 10)
-    names = ["calibration.json", "evaluation", "reliability.png", "reliability.svg"]
+    names = sorted([*FILES, "evaluation"])
     assert sorted(p.name for p in output.iterdir()) == names
     found = json.loads((output / "calibration.json").read_text())
     assert found["config"]["predictions"] == str(output / "evaluation" / "predictions.jsonl")

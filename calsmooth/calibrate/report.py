@@ -1,0 +1,99 @@
+"""What a recalibration shows to people: its rows and remarks on the terminal, its picture, and report.html."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from calsmooth import page
+from calsmooth.files import write_text
+from calsmooth.plots import Reliability, plot_reliability, save_figure
+from calsmooth.tables import METRICS, ON_TERMINAL, metric_text
+
+TASKS_SHOWN = 10
+"""More tasks than these are left to calibration.json and report.html."""
+
+
+def what_was_fitted(results: Mapping[str, Any]) -> str:
+    """The first line: the fit, and which questions it saw and which it is judged on."""
+    if results["method"] != "temperature":
+        fitted = f"Method {results['method']}"
+    else:
+        fitted = f"Temperature {results['temperature']:.4g}"
+        if "per_byte" in results:
+            fitted += f" (of scores per byte, {results['per_byte']['temperature']:.4g})"
+    if "folds" in results:
+        number = len(results["folds"])
+        return (
+            f"{fitted}, fitted on all {results['n_fit']:,} questions; below, each is judged by a fit on the other "
+            f"{number - 1} of {number} folds."
+        )
+    return f"{fitted}, fitted on {results['n_fit']:,} questions; below, the other {results['n_report']:,}."
+
+
+def rows(results: Mapping[str, Any], most_tasks: int = TASKS_SHOWN) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(label, summary) before and after; of cloze scores summed and per byte; of single tasks where these are few."""
+    scores = {"": results}
+    if "per_byte" in results:
+        scores = {"summed, ": results, "per byte, ": results["per_byte"]}
+    for words, of_scores in scores.items():
+        yield f"{words}before", of_scores["before"]
+        yield f"{words}after", of_scores["after"]
+        tasks = of_scores.get("tasks", {})
+        if len(tasks) <= most_tasks:
+            for name, task in tasks.items():
+                yield f"  {name} before", task["before"]
+                yield f"  {name} after", task["after"]
+
+
+def remarks(results: Mapping[str, Any], most_tasks: int = TASKS_SHOWN) -> list[str]:
+    """How sure the numbers are, and the notes of the run."""
+    (low, high), after = results["after"]["ece_interval"], results["after"]
+    lines = [
+        f"95 % interval of ECE after: {low:.3f} to {high:.3f}; perfect calibration would show "
+        f"{after['ece_if_calibrated']:.3f} at this n"
+    ]
+    if len(results.get("tasks", {})) > most_tasks:
+        lines.append(f"{len(results['tasks'])} tasks; calibration.json and report.html have each")
+    return [*lines, *results["notes"]]
+
+
+def write_report(folder: Path, results: Mapping[str, Any], panels: Sequence[Reliability]) -> None:
+    """reliability.png and .svg, and report.html. `panels`: before and after, for each kind of score."""
+    figure = plot_reliability(panels, columns=2)
+    for suffix in ("png", "svg"):
+        save_figure(figure, folder / f"reliability.{suffix}")
+    everything = len(results.get("tasks", {}))
+    shown = METRICS[:ON_TERMINAL]
+    main = page.table(
+        ["", "n", *(metric.heading for metric in shown)],
+        [
+            [label.strip(), f"{summary['n']:,}", *(metric_text(summary, metric) for metric in shown)]
+            for label, summary in rows(results, everything)
+        ],
+    )
+    moments = list(rows(results, most_tasks=-1))
+    every = page.table(
+        ["", *(label for label, _ in moments)],
+        [[m.words, *(metric_text(summary, m, interval=True) for _, summary in moments)] for m in METRICS],
+    )
+    settings = yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True)
+    html = page.page(
+        "Recalibration",
+        str(results["config"]["predictions"]),
+        page.section(
+            "Before and after",
+            page.paragraph(what_was_fitted(results)),
+            main,
+            page.bullets(remarks(results, everything)),
+        ),
+        page.section("Reliability", page.picture(figure, "reliability diagrams before and after")),
+        page.section("All metrics", every),
+        page.section(
+            "How it was made",
+            page.facts(results["versions"]),
+            page.folded("Settings, as a file for --config", page.verbatim(settings)),
+        ),
+    )
+    write_text(folder / "report.html", html)
