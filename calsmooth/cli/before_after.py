@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from calsmooth.plots import Reliability
+    from calsmooth.processes import Processes
 
 PICTURE = "calibration.png"
 BEFORE, AFTER = "before", "after"
@@ -59,24 +60,32 @@ def what_to_measure(config: FinetuneConfig) -> EvaluateConfig | None:
         raise UsageError(str(error).replace("--task", "--eval-task").replace("--limit", "--eval-limit")) from None
 
 
-def measure_before(measuring: EvaluateConfig, run_folder: Path | None, scratch: Path) -> list[Path]:
-    """A folder below `scratch` with the old model's results; none where the run that is gone on with has them."""
+def measure_before(
+    measuring: EvaluateConfig, run_folder: Path | None, scratch: Path, alike: Path | None = None
+) -> list[Path]:
+    """A folder below `scratch` with the old model's results; none where the run that is gone on with has them.
+
+    alike: the folder of a finished run of which the same was measured before.
+    """
     if run_folder is not None and (run_folder / BEFORE / RESULTS).exists():
         return []
+    if alike is not None:
+        return [Path(shutil.copytree(alike / BEFORE, scratch / BEFORE))]
     return [_evaluate(measuring, scratch / BEFORE, "Before")]
 
 
-def measure_after(measuring: EvaluateConfig, folder: Path, model: Path) -> Evaluations:
+def measure_after(measuring: EvaluateConfig, folder: Path, model: Path, processes: "Processes") -> Evaluations:
     """Evaluate the new model, once, also where a finished run is looked at again; draw both and complete the card."""
     from calsmooth.files import read_json
     from calsmooth.finetune.results import write_cards
     from calsmooth.plots import plot_reliability, save_figure
 
-    if not (folder / AFTER / RESULTS).exists():
-        shutil.rmtree(folder / AFTER, ignore_errors=True)  # of an evaluation that was interrupted
+    if not processes.by_first((folder / AFTER / RESULTS).exists):
+        # What is there is of an evaluation that was interrupted.
+        processes.by_first(lambda: shutil.rmtree(folder / AFTER, ignore_errors=True))
         _evaluate(replace(measuring, model=str(model), revision=None), folder / AFTER, "After")
     found = {moment: read_json(folder / moment / RESULTS) for moment in (BEFORE, AFTER)}
-    if not (folder / PICTURE).exists():
+    if processes.first and not (folder / PICTURE).exists():
         panels = [
             _panel(results["tasks"][task], f"{WORDS.get(task, task)}, {moment}")
             for task in measuring.task

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from calsmooth.finetune.probe import ProbeResult
     from calsmooth.finetune.run import FinetuneResult
     from calsmooth.finetune.sweep import Grid
+    from calsmooth.processes import Processes
 
 
 def _sweep(grid: "Grid", output: Output) -> None:
@@ -60,8 +61,18 @@ class Outcome:
         return {"folder": str(self.result.folder), **self.result.summary, **evaluation}
 
 
-def _run(config: FinetuneConfig) -> Outcome:
-    """Evaluate, fine-tune, evaluate."""
+def _run(config: FinetuneConfig, alike: Path | None = None) -> Outcome:
+    """Evaluate, fine-tune, evaluate.
+
+    alike: the folder of a finished run that began with the same model and measured the same of it.
+    """
+    from calsmooth.processes import joined
+
+    with joined(config.device) as processes:
+        return _run_in(processes, config, alike)
+
+
+def _run_in(processes: "Processes", config: FinetuneConfig, alike: Path | None) -> Outcome:
     from calsmooth.cli.before_after import (
         PICTURE,
         before_after_table,
@@ -77,19 +88,19 @@ def _run(config: FinetuneConfig) -> Outcome:
     from calsmooth.finetune.resume import find_run
     from calsmooth.finetune.run import run
 
-    going_on = find_run(config) if config.resume else None
+    going_on = processes.by_first(lambda: find_run(config) if config.resume else None)
     with TemporaryDirectory(prefix="calsmooth-") as scratch:
 
         def on_start(plan: "Plan", probe: "ProbeResult") -> list[Path]:
             _announce(plan, probe)
             # Before hours of training, so that missing questions show.
-            return measure_before(measuring, going_on, Path(scratch)) if measuring is not None else []
+            return measure_before(measuring, going_on, Path(scratch), alike) if measuring is not None else []
 
         result = run(config, on_start)
     outcome = Outcome(result, {}, [*_summary_lines(result.summary)], [str(result.folder / "loss.png")])
     if measuring is None:
         return outcome
-    evaluations = measure_after(measuring, result.folder, result.model)
+    evaluations = measure_after(measuring, result.folder, result.model, processes)
     return replace(
         outcome,
         evaluation={name: e["tasks"] for name, e in evaluations.items()},

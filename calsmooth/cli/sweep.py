@@ -1,6 +1,7 @@
 """`calsmooth finetune` where its file holds lists: a run for every combination, and one table and picture of all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calsmooth import console
@@ -17,10 +18,15 @@ if TYPE_CHECKING:
 COLUMNS = {"accuracy": "accuracy", "ECE": "ece", "NLL": "nll"}
 
 
-def sweep(grid: "Grid", output: Output, run: "Callable[[FinetuneConfig], Outcome]") -> None:
-    """Run and compare every combination. run: one of them, fine-tuned and evaluated."""
+def sweep(grid: "Grid", output: Output, run: "Callable[[FinetuneConfig, Path | None], Outcome]") -> None:
+    """Run and compare every combination.
+
+    run: one of them, fine-tuned and evaluated; its second argument is the folder of a finished run of which the same
+    was measured before.
+    """
     from rich.console import Group
 
+    from calsmooth.cli.before_after import WORDS, what_to_measure
     from calsmooth.finetune.sweep import Row, run_sweep
 
     if grid[0][1].dry_run:
@@ -28,27 +34,42 @@ def sweep(grid: "Grid", output: Output, run: "Callable[[FinetuneConfig], Outcome
         raise UsageError(
             f"--dry-run shows one run, and the file holds lists ({lists}); give each one value by its flag"
         )
-    reference: dict[str, Any] = {}  # the model before, the same for every run
+    measured_before: list[tuple[Any, Path]] = []  # what was measured of the model before, in which run's folder
 
     def run_child(config: "FinetuneConfig") -> Row:
-        outcome = run(config)
-        reference.update(outcome.evaluation.get("before", {}))
-        console.say(Group(*outcome.shown))
+        measuring = what_to_measure(config)
+        alike = next((folder for other, folder in measured_before if other == measuring), None)
+        outcome = run(config, alike)
+        measured_before.append((measuring, outcome.result.folder))
         summary = outcome.result.summary
-        measured = outcome.evaluation.get("after")
-        return Row("", {}, final_loss=summary["final_loss"], seconds=summary["seconds"], measured=measured)
+        console.say(outcome.shown[0])
+        before, after = (
+            {WORDS.get(task, task): metrics for task, metrics in outcome.evaluation[moment].items()} or None
+            if outcome.evaluation
+            else _held_out(summary, moment)
+            for moment in ("before", "after")
+        )
+        return Row("", {}, final_loss=summary["final_loss"], seconds=summary["seconds"], measured=after, before=before)
 
     result = run_sweep(grid, run_child)
     console.say()
     output.show(
-        Group(comparison(result.rows, reference), *_best(result.rows)),
+        Group(comparison(result.rows), *_best(result.rows)),
         result={"folder": str(result.folder), "runs": [row.to_dict() for row in result.rows]},
     )
     picture = result.folder / "sweep.png"
     console.say(f"Sweep: {result.folder}" + (f"\nPicture: {picture}" if picture.exists() else ""))
 
 
-def comparison(rows: "list[Row]", reference: dict[str, Any]) -> "Table":
+def _held_out(summary: Mapping[str, Any], moment: str) -> dict[str, dict[str, float]] | None:
+    """Where no task is evaluated: the next-token predictions that were measured during training, if any."""
+    found = summary.get("held_out", {}).get(moment)
+    if found is None:
+        return None
+    return {"held-out tokens": {metric: found[f"eval_{metric}"] for metric in COLUMNS.values()}}
+
+
+def comparison(rows: "list[Row]") -> "Table":
     """A line a run: what distinguishes it, its loss, and what was measured; above, the model before."""
     from rich.table import Table
     from rich.text import Text
@@ -61,9 +82,10 @@ def comparison(rows: "list[Row]", reference: dict[str, Any]) -> "Table":
     for label in labels:
         for i, heading in enumerate(COLUMNS):
             table.add_column(f"{label}\n{heading}" if i == 0 else f"\n{heading}", justify="right")
-    if reference:
-        before = [_number(reference.get(label, {}).get(key)) for label in labels for key in COLUMNS.values()]
-        table.add_row("before", *[""] * len(rows[0].varied), *before, style="dim")
+    before = next((row.before for row in rows if row.before), None)
+    if before and all(row.before == before for row in rows if row.before):
+        numbers = [_number(before.get(label, {}).get(key)) for label in labels for key in COLUMNS.values()]
+        table.add_row("before", *[""] * len(rows[0].varied), *numbers, style="dim")
     for row in rows:
         varied = [Text(f"{v:g}" if isinstance(v, float) else str(v)) for v in row.varied.values()]
         if row.error:

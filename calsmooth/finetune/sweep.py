@@ -41,13 +41,14 @@ class Child:
 
 @dataclass(frozen=True)
 class Row:
-    """What a run came to. measured: what was evaluated -> its metrics (accuracy, ece, ...) after fine-tuning."""
+    """What a run came to. measured, before: what was evaluated -> its metrics (accuracy, ece, ...), then and before."""
 
     name: str
     varied: dict[str, Any]
     final_loss: float | None = None
     seconds: float | None = None
     measured: Mapping[str, Mapping[str, Any]] | None = None
+    before: Mapping[str, Mapping[str, Any]] | None = None
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,9 +181,21 @@ class SweepPlot:
     key: str
     lines: list[tuple[str, list[Row]]]  # (the other settings in words, its runs by rising `key`)
     measured: list[str]
+    before: Mapping[str, Mapping[str, Any]]  # of the model that all runs began with; empty where they differ
 
     def values(self, rows: list[Row], label: str, metric: str) -> list[float]:
         return [float((row.measured or {})[label][metric]) for row in rows]
+
+    def errors(self, rows: list[Row], label: str, metric: str) -> list[list[float]] | None:
+        """Distances from the values down and up to the ends of their intervals; None where one has none."""
+        found = [(row.measured or {})[label] for row in rows]
+        intervals = [values[f"{metric}_interval"] for values in found if values.get(f"{metric}_interval")]
+        if len(intervals) < len(found):
+            return None
+        # A bootstrap's interval of an ECE can lie wholly above it: then the bar begins at the value.
+        down = [max(values[metric] - interval[0], 0.0) for values, interval in zip(found, intervals, strict=True)]
+        up = [max(interval[1] - values[metric], 0.0) for values, interval in zip(found, intervals, strict=True)]
+        return [down, up]
 
 
 def prepare_sweep(rows: Sequence[Row]) -> SweepPlot | None:
@@ -201,11 +214,13 @@ def prepare_sweep(rows: Sequence[Row]) -> SweepPlot | None:
         others = ", ".join(f"{k} {_plain(v)}" for k, v in row.varied.items() if k != key)
         lines.setdefault(others, []).append(row)
     order = [", ".join(f"{k} {_plain(v)}" for k, v in row.varied.items() if k != key) for row in rows]
-    return SweepPlot(key, sorted(lines.items(), key=lambda line: order.index(line[0])), shared)
+    before = done[0].before or {}
+    alike = all((row.before or {}) == before for row in done)
+    return SweepPlot(key, sorted(lines.items(), key=lambda line: order.index(line[0])), shared, before if alike else {})
 
 
 def plot_sweep(plot: SweepPlot) -> "Figure":
-    """Two rows, ECE above accuracy; a column for each thing that was measured."""
+    """Two rows, ECE above accuracy; a column for each thing that was measured; bars are the metrics' intervals."""
     columns = len(plot.measured)
     figure, axes = new_figure(4.2 * columns + 0.6, 5.6, rows=2, columns=columns)
     for column, label in enumerate(plot.measured):
@@ -213,7 +228,10 @@ def plot_sweep(plot: SweepPlot) -> "Figure":
             for number, (others, rows) in enumerate(plot.lines):
                 x = [row.varied[plot.key] for row in rows]
                 color = COLORS[number % len(COLORS)]
-                ax.plot(x, plot.values(rows, label, metric), marker="o", color=color, label=others or None)
+                values, errors = plot.values(rows, label, metric), plot.errors(rows, label, metric)
+                ax.errorbar(x, values, errors, marker="o", color=color, capsize=2.5, elinewidth=0.8, label=others)
+            if metric in plot.before.get(label, {}):
+                ax.axhline(plot.before[label][metric], color="0.45", linewidth=1.0, linestyle="--", label="before")
             if min(x) > 0 and max(x) >= 20 * min(x):
                 ax.set_xscale("log")
             ax.margins(y=0.15)
@@ -222,8 +240,10 @@ def plot_sweep(plot: SweepPlot) -> "Figure":
         axes[column].set_ylim(bottom=0)
         axes[column].set_title(label, fontsize=10)
         axes[columns + column].set_xlabel("label smoothing beta" if plot.key == "beta" else plot.key)
-    if len(plot.lines) > 1:
-        axes[0].legend(fontsize=8, frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    shown = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label]
+    if shown:
+        axes[0].legend(*zip(*shown, strict=True), fontsize=8, frameon=False)
     return figure
 
 
