@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from calsmooth.errors import UsageError
-from calsmooth.files import read_json, run_folder, write_json, write_text
+from calsmooth.files import check_run_folder, read_json, run_folder, write_json, write_text
 
 UNFINISHED = "unfinished"
 
@@ -46,16 +46,27 @@ class Ledger:
         shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
 
 
+def check_new(folder: Path) -> None:
+    """Can a new evaluation begin in this folder? Known before a model is loaded.
+
+    Raises:
+        UsageError: it holds files already; where these are an interrupted evaluation's, --resume is named.
+    """
+    if (folder / UNFINISHED).is_dir():
+        raise UsageError(
+            f"--output {folder}: holds an interrupted evaluation; go on with --resume, or give an empty or new folder"
+        )
+    check_run_folder(folder)
+
+
 def start(folder: Path | None, default_name: str, key: Key) -> Ledger:
     """A new evaluation's ledger, in a new or empty folder (runs/`default_name` where none is named).
 
     Raises:
-        UsageError: the folder holds files already; where these are an interrupted evaluation's, --resume is named.
+        UsageError: the folder holds files already.
     """
-    if folder is not None and (folder / UNFINISHED).is_dir():
-        raise UsageError(
-            f"--output {folder}: holds an interrupted evaluation; go on with --resume, or give an empty or new folder"
-        )
+    if folder is not None:
+        check_new(folder)
     folder = run_folder(folder, default_name)
     write_json(folder / UNFINISHED / "key.json", key)
     return Ledger(folder, {})

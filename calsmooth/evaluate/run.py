@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,9 @@ def run(config: ChoicesConfig) -> EvaluateResult:
 
 
 def _run(config: ChoicesConfig, processes: Processes) -> EvaluateResult:
-    # Data first: a missing file should show before a model is loaded.
+    # Folder and data first: what is missing or taken should show before a model is loaded.
+    if config.output is not None and not config.resume:
+        processes.by_first(partial(ledger.check_new, config.output))
     loaded = [(task, _load(task, config)) for task in choice_tasks(config.task)]
     device = processes.device(config.device)
     dtype = pick_dtype(config.dtype, device)

@@ -199,7 +199,8 @@ def test_an_unknown_task_is_refused(tmp_path):
         EvaluateConfig(task=("mlu",))
 
 
-def test_a_used_folder_is_refused(config, tmp_path):
+def test_a_used_folder_is_refused_before_the_model_is_loaded(config, tmp_path, monkeypatch):
+    monkeypatch.delattr(run_module, "load_model")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "something").write_text("")
     with pytest.raises(UsageError, match="holds files already"):
