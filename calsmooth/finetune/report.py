@@ -19,19 +19,24 @@ class LossCurve:
     loss: list[float]
     smooth: list[float]  # running mean of `loss`
     lr: list[float]
+    held_out: dict[str, list[float]]  # step, eval_nll, eval_ece; empty lists where nothing was measured on the way
 
 
 def prepare_loss_curve(metrics: list[dict[str, Any]]) -> LossCurve:
-    """From the lines of metrics.jsonl; those of evaluations are left out."""
+    """From the lines of metrics.jsonl."""
+    measured = [m for m in metrics if "eval_nll" in m]
+    held_out = {key: [m[key] for m in measured] for key in ("step", "eval_nll", "eval_ece")}
     metrics = [m for m in metrics if "loss" in m]
     loss = [m["loss"] for m in metrics]
     window = max(1, round(len(loss) * SMOOTHING_WINDOW))
     smooth = [sum(loss[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(loss))]
-    return LossCurve([m["step"] for m in metrics], loss, smooth, [m["lr"] for m in metrics])
+    return LossCurve([m["step"] for m in metrics], loss, smooth, [m["lr"] for m in metrics], held_out)
 
 
 def plot_loss_curve(curve: LossCurve, title: str) -> "Figure":
-    figure, (ax,) = new_figure(6.5, 4.0)
+    """The training loss and the learning rate; below, held-out NLL and ECE, where they were measured."""
+    measured = bool(curve.held_out["step"])
+    figure, (ax, *below) = new_figure(6.5, 6.0 if measured else 4.0, rows=2 if measured else 1)
     ax.plot(curve.steps, curve.loss, color="#4477aa", alpha=0.35, linewidth=1.0, label="loss")
     ax.plot(curve.steps, curve.smooth, color="#4477aa", linewidth=2.0, label="running mean")
     ax.set_xlabel("step")
@@ -44,7 +49,21 @@ def plot_loss_curve(curve: LossCurve, title: str) -> "Figure":
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     handles = [*ax.get_lines(), *rate.get_lines()]
     ax.legend(handles, [h.get_label() for h in handles], frameon=False, fontsize=8)
+    for ax in below:
+        _draw_held_out(ax, curve)
     return figure
+
+
+def _draw_held_out(ax: Any, curve: LossCurve) -> None:
+    steps = curve.held_out["step"]
+    [nll] = ax.plot(steps, curve.held_out["eval_nll"], "o-", color="#4477aa", markersize=3, label="NLL")
+    ax.set_xlabel("step")
+    ax.set_ylabel("held-out NLL (nats per token)")
+    error = ax.twinx()
+    [ece] = error.plot(steps, curve.held_out["eval_ece"], "s--", color="#cc6677", markersize=3, label="ECE")
+    error.set_ylabel("held-out ECE")
+    error.set_ylim(bottom=0)
+    ax.legend([nll, ece], ["NLL", "ECE"], frameon=False, fontsize=8)
 
 
 def model_card(
