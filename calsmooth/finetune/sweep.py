@@ -20,13 +20,16 @@ from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.files import run_folder, write_json, write_text
 from calsmooth.finetune.config import FinetuneConfig
 from calsmooth.finetune.resume import COMPLETED, as_started
+from calsmooth.finetune.stopping import StoppedError
 from calsmooth.models import model_label
 from calsmooth.plots import BLUE, GREEN, RED, new_figure, save_figure
+from calsmooth.processes import started
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOT_SWEPT = ("output", "resume", "dry_run")
+MOST_TICKS = 8
 COLORS = (BLUE, RED, GREEN, "#8a6bb0", "#c9963c", "#5aa5b5")
 
 
@@ -85,9 +88,12 @@ def run_sweep(grid: Grid, run_child: Callable[[FinetuneConfig], Row]) -> SweepRe
     (its loss explodes, say) is noted, and the others go on.
 
     Raises:
-        UsageError: the folder, a swept key or a setting isn't as it has to be.
+        UsageError: the folder, a swept key or a setting isn't as it has to be, or several processes were started.
         CalsmoothError: every run failed.
+        StoppedError: a run was asked to stop; the sweep goes on with --resume.
     """
+    if started() > 1:
+        raise UsageError(f"a sweep runs in one process, and {started()} were started; start its runs one by one")
     first = grid[0][1]
     children(grid, Path())  # before anything is written
     folder = _folder(first)
@@ -96,12 +102,12 @@ def run_sweep(grid: Grid, run_child: Callable[[FinetuneConfig], Row]) -> SweepRe
     rows = []
     for number, child in enumerate(runs, 1):
         console.say(f"\n[bold]Run {number} of {len(runs)}: {child.name}[/bold]")
-        started = (folder / child.name / "config.yaml").is_file()
-        if started:
+        begun = (folder / child.name / "config.yaml").is_file()
+        if begun:
             as_started(child.config, folder / child.name)  # also a finished run has to be the one that is asked for
         try:
-            row = run_child(replace(child.config, resume=started))
-        except UsageError:
+            row = run_child(replace(child.config, resume=begun))
+        except (UsageError, StoppedError):
             raise
         except CalsmoothError as error:
             console.warn(f"{child.name}: {error}")
@@ -133,7 +139,8 @@ def _plain(value: Any) -> str:
     if isinstance(value, tuple):
         return "+".join(map(_plain, value))
     if isinstance(value, float):
-        return f"{value:g}"
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
     return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_.") or "none"
 
 
@@ -234,6 +241,8 @@ def plot_sweep(plot: SweepPlot) -> "Figure":
                 ax.axhline(plot.before[label][metric], color="0.45", linewidth=1.0, linestyle="--", label="before")
             if min(x) > 0 and max(x) >= 20 * min(x):
                 ax.set_xscale("log")
+            elif len(x) <= MOST_TICKS:
+                ax.set_xticks(x, [f"{value:g}" for value in x])
             ax.margins(y=0.15)
             if column == 0:
                 ax.set_ylabel(words)
