@@ -33,6 +33,9 @@ from calsmooth.errors import UsageError
 
 Array = NDArray[np.float64]
 
+SMALLEST_MEASURED = 1e-37
+"""Nats: a smaller entropy can't be told from 0 where it was measured in float32. The bounds here go on to 1e-308."""
+
 
 def logit_norm_bound(sigma_c: ArrayLike, sigma_h: ArrayLike, hidden: ArrayLike) -> Array:
     """Lemma 4.1: ||C h||_2 <= sigma_C sigma_h sqrt(D) where ||C||_2 = sigma_C and every |h_i| <= sigma_h."""

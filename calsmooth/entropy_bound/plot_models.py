@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calsmooth.entropy_bound.advice import Calibration
-from calsmooth.entropy_bound.bound import Array, log_entropy_bound
+from calsmooth.entropy_bound.bound import SMALLEST_MEASURED, Array, log_entropy_bound
 from calsmooth.entropy_bound.frontier import smoothing_confidence, smoothing_entropy, smoothing_logit_gap
 from calsmooth.entropy_bound.measure import Measurement
 from calsmooth.metrics import Bins, reliability_bins
@@ -105,7 +105,11 @@ def _plot_entropies(ax: "Axes", panels: list[Panel], colors: list) -> None:
         if p.attained > left:
             ax.plot(p.attained, 0.0, "^", color=color, markersize=8, clip_on=False)
         else:
-            beyond.append(f"attained {_power(np.log10(max(p.attained, 1e-45)))}")
+            beyond.append(
+                "attained "
+                + ("< " if p.attained < SMALLEST_MEASURED else "")
+                + _power(np.log10(max(p.attained, SMALLEST_MEASURED)))
+            )
         if beyond:
             ax.annotate(
                 ", ".join(beyond),

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from calsmooth.entropy_bound.bound import SMALLEST_MEASURED
 from calsmooth.entropy_bound.families import family_of
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def models_table(measured: "Sequence[MeasuredModel]") -> Table:
         "median token's, by ||h||",
         lambda r: _nats(r["floors"]["token"]["median"], r["floors"]["token_median_log10"]),
     )
-    row("attained by a chosen h", lambda r: f"{r['attained']['entropy']:.2g}")
+    row("attained by a chosen h", lambda r: _tiny(r["attained"]["entropy"]))
     section("Entropies on the text")
     row("predictions", lambda r: f"{r['calibration']['n']:,}")
     row("least; median", lambda r: "{min:.2g}; {median:.2g}".format(**r["entropy"]))
@@ -103,7 +104,7 @@ def models_table(measured: "Sequence[MeasuredModel]") -> Table:
     section("How loose the theorem is")
     row("least on the text - floor", lambda r: f"{r['looseness']['text_minimum']:.2g}")
     row("mean of entropy - own floor", lambda r: f"{r['looseness']['token_mean']:.3g}")
-    row("for the head itself, up to", lambda r: f"{r['looseness']['head_at_most']:.2g}")
+    row("for the head itself, up to", lambda r: _tiny(r["looseness"]["head_at_most"]))
     section("Feature diversity (Lemma 3.1)")
     row("least singular value", _least_singular_value)
     row("if features were independent", lambda r: _optional(r["diversity"]["smallest_if_independent"]))
@@ -136,6 +137,10 @@ def _table(title: str, headings: Sequence[str], left: Sequence[int] = ()) -> Tab
 def _nats(value: float, log10: float) -> str:
     """A floor that would print as 0 is told by its power of ten."""
     return f"{value:.2g}" if log10 > -300 else f"10^{log10:,.0f}"
+
+
+def _tiny(value: float) -> str:
+    return f"{value:.2g}" if value > SMALLEST_MEASURED else f"below {SMALLEST_MEASURED:g}"
 
 
 def _least_singular_value(r: Report) -> str:
