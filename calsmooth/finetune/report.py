@@ -49,8 +49,10 @@ def plot_loss_curve(curve: LossCurve, title: str) -> "Figure":
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     handles = [*ax.get_lines(), *rate.get_lines()]
     ax.legend(handles, [h.get_label() for h in handles], frameon=False, fontsize=8)
-    for ax in below:
-        _draw_held_out(ax, curve)
+    for lower in below:
+        _draw_held_out(lower, curve)
+    for each in (ax, *below):
+        each.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -63,7 +65,9 @@ def _draw_held_out(ax: Any, curve: LossCurve) -> None:
     [ece] = error.plot(steps, curve.held_out["eval_ece"], "s--", color="#cc6677", markersize=3, label="ECE")
     error.set_ylabel("held-out ECE")
     error.set_ylim(bottom=0)
-    ax.legend([nll, ece], ["NLL", "ECE"], frameon=False, fontsize=8)
+    ax.legend(
+        [nll, ece], ["NLL", "ECE"], frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0)
+    )
 
 
 def model_card(
