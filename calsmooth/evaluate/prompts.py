@@ -118,6 +118,9 @@ class Chat:
     def prompt(self, wording: Wording, question: Question, examples: Sequence[Question]) -> Prompt:
         """The continuations begin where the template puts the assistant's answer.
 
+        lm-evaluation-harness takes the line break that may end the generation prompt for part of every continuation,
+        so that its log-probabilities are lower than ours by that line break's, the same for all choices.
+
         Raises:
             CalsmoothError: the template refuses the conversation or rewrites the question.
         """
@@ -194,6 +197,14 @@ class Chat:
         return self._takes_system
 
 
+def require_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises:
+    UsageError: the tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError("--chat-template: this model's tokenizer has no chat template; leave the flag out")
+
+
 def prompter(
     task: Task,
     *,
@@ -212,8 +223,7 @@ def prompter(
     """
     wording = letters(task, style) if format == "letter" else cloze(task)
     if chat is not None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise UsageError("--chat-template: this model's tokenizer has no chat template; leave the flag out")
+        require_chat_template(tokenizer)
         conversation = Chat(tokenizer, "chat", chat)
     elif task.conversation and format == "cloze":
         conversation = Chat(tokenizer, choose_template("auto", tokenizer))

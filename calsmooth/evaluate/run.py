@@ -15,6 +15,7 @@ from calsmooth.evaluate.choices import Choices
 from calsmooth.evaluate.config import ChoicesConfig, EvaluateConfig
 from calsmooth.evaluate.ledger import Ledger
 from calsmooth.evaluate.next_token import TokenPredictor
+from calsmooth.evaluate.prompts import require_chat_template
 from calsmooth.evaluate.report import write_report
 from calsmooth.evaluate.responses import Responses
 from calsmooth.evaluate.scoring import Scorer
@@ -68,6 +69,8 @@ def _run(config: ChoicesConfig, processes: Processes) -> EvaluateResult:
     device = processes.device(config.device)
     dtype = pick_dtype(config.dtype, device)
     tokenizer = load_tokenizer(config.model, config.revision)
+    if config.chat_template:
+        require_chat_template(tokenizer)
     responses = _load_responses(config, tokenizer)
     model = load_model(config.model, dtype=dtype, device=device, revision=config.revision)
 

@@ -1,5 +1,7 @@
 """Prompts as text: the published wordings byte for byte, and the same questions as a chat."""
 
+import shutil
+
 import pytest
 
 from calsmooth.errors import CalsmoothError, UsageError
@@ -186,3 +188,19 @@ def test_a_tokenizer_without_a_chat_template_is_refused(templated):
 def test_a_template_that_does_not_fit_is_an_error(templated, template, message):
     with pytest.raises(CalsmoothError, match=message):
         Chat(templated(template), "chat").prompt(cloze(CHOICE_TASKS["arc_easy"]), ASKED, [])
+
+
+def test_a_missing_chat_template_shows_before_the_model_is_loaded(model_folder, tmp_path, monkeypatch):
+    from calsmooth.evaluate import run as run_module
+    from calsmooth.evaluate.config import EvaluateConfig
+
+    folder = tmp_path / "base"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+
+    def never(*arguments, **named):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(run_module, "load_model", never)
+    with pytest.raises(UsageError, match="--chat-template: this model's tokenizer has no chat template"):
+        run_module.run(EvaluateConfig(model=str(folder), chat_template=True, output=tmp_path / "out"))

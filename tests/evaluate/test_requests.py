@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from calsmooth.errors import CalsmoothError
 from calsmooth.evaluate.prompts import Prompt, cloze, letters, plain_prompt
@@ -71,6 +73,30 @@ def test_a_token_that_spans_the_seam_belongs_to_the_continuation(tokenizer):
     assert tokenizer.decode(request.context + request.continuations[0]) == "the Answer"
     assert tokenizer.decode(request.context + request.continuations[1]) == "the Ansxyz"
     assert len(request.context) < len(tokenizer("the Ans")["input_ids"])
+
+
+PIECE = st.text(st.sampled_from(" \nAnswer:roofblueTh."), max_size=12)
+ANSWER = st.text(st.sampled_from(" Answerblue."), min_size=1, max_size=6)
+
+
+@given(text=PIECE, parts=st.lists(st.tuples(PIECE, ANSWER), min_size=2, max_size=4), part=st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_any_text_is_tokenised_whole_and_scored_from_where_the_answer_begins(tokenizer, text, parts, part):
+    openings = tuple(opening for opening, _ in parts) if part else ()
+    prompt = Prompt(lambda k: text, 0, tuple(answer for _, answer in parts), openings)
+    request = Encoder(tokenizer, None)(prompt)
+    for k, (opening, answer) in enumerate(parts):
+        before = text + opening * part
+        whole = tokenizer(before + answer)["input_ids"]
+        ids = request.context + request.continuations[k]
+        assert ids[-len(whole) :] == whole
+        assert ids[: -len(whole)] in ([], [tokenizer.eos_token_id])  # where no token stands before the first
+        scored = request.scored(k)
+        assert 0 <= scored.start < scored.stop == len(request.continuations[k])
+        # All of the answer is scored; of what is before it, only what a token of the answer holds as well.
+        tail = tokenizer.decode(request.continuations[k][scored.start :])
+        assert tail.endswith(answer)
+        assert (before + answer).endswith(tail)
 
 
 def test_a_beginning_token_is_added_once():
