@@ -113,7 +113,7 @@ class FinetuneConfig(Settings):
     )
     optimizer: str = setting(
         "adamw",
-        "The optimizer; those in 8 bits or paged and lion come from bitsandbytes.",
+        "The optimizer; those of 8 bits, paged ones and lion need bitsandbytes.",
         choices=OPTIMIZERS,
         panel=TRAINING,
     )

@@ -55,3 +55,21 @@ def test_the_largest_micro_batch_that_fits_is_found() -> None:
         assert found() in (4, 1)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_held_out_rows_are_measured_in_bfloat16(tmp_path: Path, adapters: bool) -> None:
+    if adapters:
+        pytest.importorskip("peft")
+    config = FinetuneConfig(
+        output=tmp_path / "run", epochs=1, limit=256, dtype="bfloat16", device="cuda", eval_every=4,
+        loss_mode="filtered", lora_rank=8 if adapters else None, gradient_checkpointing=True, optimizer="adamw",
+    )  # fmt: skip
+    result = run(config)
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "eval_nll" in line]
+    assert [line["step"] for line in measured] == [0, 4, 8]
+    assert measured[-1]["eval_nll"] < measured[0]["eval_nll"]
+    assert all(0.9 < line["eval_kept_mass"] <= 1.0001 for line in measured)
+    assert all(0 <= line["eval_ece"] <= 1 for line in measured)
+    assert all(0.9 < line["kept_mass"] <= 1.0001 for line in lines if "loss" in line)
