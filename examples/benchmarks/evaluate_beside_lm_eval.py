@@ -5,8 +5,8 @@
 
 --data-dir has the official CSV files (dev/ and test/). Both get lm-evaluation-harness's own MMLU prompt, five solved
 examples, and each a process of its own, so that memory and start-up are its own. Printed, and written to --output:
-questions a second (tokenising and model, without start-up; and of the whole process), peak memory, accuracy, and how far
-the log-probabilities of the choices are apart. Where other programs share the machine, compare processor seconds.
+questions a second (tokenising and model, without start-up; and of the whole process), peak memory, accuracy, and how
+far the log-probabilities of the choices are apart. Where other programs share the machine, compare processor seconds.
 
 --without-reuse also runs calsmooth with every prompt in full. A model folder without weights is given random ones.
 """
