@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from calsmooth.environment import versions
-from calsmooth.errors import CalsmoothError
+from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.files import read_json, whole_folder, write_json
 from calsmooth.heads import Head, find_head
-from calsmooth.models import load_model, model_folder
+from calsmooth.models import load_model, load_tokenizer, model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +54,27 @@ class Plan:
 
     tensors: Mapping[str, Callable[[Tensor], Tensor]]
     settings: Mapping[str, float]
+
+
+def check_letters(model: str, revision: str | None = None) -> None:
+    """Does the model answer a letter question by one token, so that a temperature of its logits is one of its answers?
+
+    Where the letters differ in more than their last token, a letter's probability is a product over several tokens,
+    each renormalised by itself, and dividing the logits isn't dividing the product's logarithm.
+
+    Raises:
+        UsageError: they do; the message says which letter and how it is written.
+    """
+    tokenizer = load_tokenizer(model, revision)
+    written = {letter: list(tokenizer(f"Answer: {letter}")["input_ids"]) for letter in "ABCD"}
+    first = written["A"]
+    for letter, tokens in written.items():
+        if tokens[:-1] != first[:-1]:
+            one, other = (f"{x} as {tokenizer.convert_ids_to_tokens(written[x])}" for x in ("A", letter))
+            raise UsageError(
+                f"--bake: {model}'s tokenizer writes {one} and {other}, which differ in more than the last token, so "
+                f"that no change of the logits has the effect of the temperature; leave --bake out"
+            )
 
 
 def bake(

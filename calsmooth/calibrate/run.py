@@ -158,9 +158,10 @@ def _arrays(part: Part, width: int) -> tuple[Array, Array]:
     return metrics.log_softmax(np.hstack([padded, missing])), np.array([p.gold for p in part])
 
 
-def _fit_quality(fit: Fit, logprobs: Array, gold: Array) -> dict[str, float]:
+def _fit_quality(fit: Fit, logprobs: Array, gold: Array) -> dict[str, Any]:
     """The negative log-likelihood that was fitted, on the very questions: how far it went, no measure of how good."""
     return {
+        "bounded": fit.note is not None,
         "nll_before": metrics.negative_log_likelihood(logprobs, gold),
         "nll_after": metrics.negative_log_likelihood(fit.apply(logprobs), gold),
     }

@@ -12,7 +12,7 @@ from calsmooth.cli.app import app
 from calsmooth.cli.evaluate import announce
 from calsmooth.cli.options import Output, settings_command
 from calsmooth.config import Settings, flag_name
-from calsmooth.errors import UsageError
+from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.evaluate.config import ChoicesConfig
 from calsmooth.files import check_run_folder, read_json, run_folder
 from calsmooth.models import BUILT_IN
@@ -38,14 +38,21 @@ def calibrate(config: CalibrateCommand, output: Output) -> None:
     """
     folder: Path | None = None
     calibrate_config = _part(CalibrateConfig, config)
-    if config.bake is not None:
-        check_run_folder(config.bake, "--bake")
+    model, revision = config.model, config.revision
     if config.predictions is not None:
         _refuse_evaluation_options(config)
-        model, revision = _evaluated_model(config) if config.bake else (config.model, None)
+        if config.bake is not None:
+            model, revision = _evaluated_model(config)
     else:
+        announce(config)
+    if config.bake is not None:
+        # Refused here, before an evaluation that may take long.
+        check_run_folder(config.bake, "--bake")
+        from calsmooth.calibrate.bake import check_letters
+
+        check_letters(model, revision)
+    if config.predictions is None:
         calibrate_config, folder = _evaluate_first(config)
-        model, revision = config.model, config.revision
     from calsmooth.calibrate.report import remarks, rows, what_was_fitted
     from calsmooth.calibrate.run import run
     from calsmooth.tables import metrics_table
@@ -58,6 +65,8 @@ def calibrate(config: CalibrateCommand, output: Output) -> None:
         console.say(Text(note, style="dim"))
     console.say(f"Wrote {result.folder}/: {', '.join(sorted(p.name for p in result.folder.iterdir()))}")
     if config.bake is not None:
+        if found["fit"]["bounded"]:
+            raise CalsmoothError(f"--bake: nothing was baked, for there is no best temperature: {found['notes'][0]}")
         _bake(config, config.bake, model, revision, found["temperature"])
 
 
@@ -70,7 +79,8 @@ def _bake(config: CalibrateCommand, folder: Path, model: str, revision: str | No
     baked = bake(model, temperature, folder, revision=revision, dtype=dtype, device=device)
     console.say(
         f"Baked the temperature into {baked.folder}/: {', '.join(baked.changed)}. Loaded again, its logits are "
-        f"{model}'s divided by {temperature:.4g}, to {baked.difference:.0e}."
+        f"{model}'s divided by {temperature:.4g}, to {baked.difference:.0e}. Text sampled from it is as if drawn at that "
+        f"temperature."
     )
 
 
@@ -89,7 +99,6 @@ def _evaluated_model(config: CalibrateCommand) -> tuple[str, str | None]:
 
 def _evaluate_first(config: CalibrateCommand) -> tuple[CalibrateConfig, Path]:
     """(configuration that names the new predictions, folder for both runs' files)."""
-    announce(config)
     from calsmooth.evaluate.run import run
     from calsmooth.models import model_label
 

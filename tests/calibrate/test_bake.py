@@ -2,21 +2,23 @@
 
 import json
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from typer.testing import CliRunner
 
+from calsmooth import metrics
 from calsmooth.calibrate import bake as bake_module
 from calsmooth.calibrate.bake import bake
 from calsmooth.cli.app import app
 from calsmooth.errors import CalsmoothError
 from calsmooth.models import load_model
-from calsmooth.records import Prediction, write_predictions
+from calsmooth.records import Prediction, read_predictions, write_predictions
 
 SIZES = {
-    "vocab_size": 64,
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
@@ -42,9 +44,11 @@ KINDS = {
 }
 
 
-def make(kind, folder, dtype=torch.float32, **save):
+def make(kind, folder, dtype=torch.float32, vocab_size=64, **save):
     name, extra = KINDS[kind]
-    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(**(SIZES | extra))
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(
+        **(SIZES | extra | {"vocab_size": vocab_size})
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
@@ -137,7 +141,8 @@ def test_a_copy_that_gives_other_logits_is_not_kept(tmp_path, monkeypatch):
 @pytest.fixture
 def evaluation(tmp_path):
     """A finished evaluation that says which model it was of."""
-    model = make("llama tied", tmp_path / "model")
+    model = make("llama tied", tmp_path / "model", vocab_size=300)
+    save_tokenizer(model)
     rows = [Prediction("t", "s", str(i), (-0.1, -2.5), int(i % 3 == 0)) for i in range(60)]
     file = write_predictions(tmp_path / "run" / "predictions.jsonl", rows)
     (file.parent / "results.json").write_text(json.dumps({"model": str(model), "config": {"revision": None}}))
@@ -152,9 +157,19 @@ def test_the_command_bakes_the_model_that_results_json_names(evaluation, tmp_pat
     done = calibrate(evaluation, "-o", tmp_path / "o", "--bake", tmp_path / "baked", "--device", "cpu")
     assert done.exit_code == 0, done.output
     temperature = json.loads((tmp_path / "o" / "calibration.json").read_text())["temperature"]
-    assert "Baked the temperature into" in done.output.splitlines()[-1]
+    assert "Baked the temperature into" in done.output
     expected = logits(tmp_path / "model") / temperature
     assert torch.allclose(logits(tmp_path / "baked"), expected, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_temperature_held_at_a_bound_is_reported_and_not_baked(evaluation, tmp_path):
+    write_predictions(evaluation, [Prediction("t", "s", str(i), (-0.1, -2.5), 1) for i in range(60)])
+    done = calibrate(evaluation, "-o", tmp_path / "o", "--bake", tmp_path / "baked")
+    assert "--bake: nothing was baked, for there is no best temperature: the probabilities carry no" in str(
+        done.exception
+    )
+    assert (tmp_path / "o" / "calibration.json").is_file()
+    assert not (tmp_path / "baked").exists()
 
 
 def test_the_command_refuses_before_any_work(evaluation, tmp_path):
@@ -172,4 +187,47 @@ def test_cloze_temperatures_are_refused(evaluation, tmp_path):
     write_predictions(evaluation, rows)
     done = calibrate(evaluation, "-o", tmp_path / "o", "--bake", tmp_path / "baked")
     assert "--bake: these are cloze predictions" in str(done.exception)
+    assert not (tmp_path / "o").exists()
+
+
+def save_tokenizer(folder, letters=" A B C D"):
+    """Bytes, and what `letters` holds: by default each letter with its space is one token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        [letters] * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="!").save_pretrained(folder)
+
+
+def test_a_baked_model_evaluates_to_the_calibrated_predictions(tmp_path):
+    model = make("gemma3 adds one", tmp_path / "model", vocab_size=300)
+    save_tokenizer(model)
+    for split, count in (("dev", 2), ("test", 20)):
+        (tmp_path / "mmlu" / split).mkdir(parents=True)
+        rows = (f"Question {i * i}?,one,{i},red,{i % 7},{'ABCD'[i % 4]}\n" for i in range(count))
+        (tmp_path / "mmlu" / split / f"sums_{split}.csv").write_text("".join(rows))
+
+    def evaluate(folder):
+        asked = ["--task", "mmlu", "--data-dir", str(tmp_path), "--shots", "2", "--device", "cpu"]
+        done = CliRunner().invoke(app, ["evaluate", "-m", str(folder), *asked, "-o", str(folder) + "-run"])
+        assert done.exit_code == 0, done.output
+        return [p.logprobs for p in read_predictions(Path(str(folder) + "-run") / "predictions.jsonl")]
+
+    before, after = evaluate(model), evaluate(bake(str(model), 1.7, tmp_path / "baked").folder)
+    expected = metrics.log_softmax(before, temperature=1.7)
+    assert np.abs(expected - metrics.log_softmax(before)).max() > 0.1
+    assert metrics.log_softmax(after) == pytest.approx(expected, abs=1e-4)
+
+
+def test_letters_of_several_tokens_are_refused_before_any_work(tmp_path):
+    model = make("llama tied", tmp_path / "model", vocab_size=300)
+    save_tokenizer(model, " A C D")
+    done = calibrate("-m", model, "--format", "letter", "-o", tmp_path / "o", "--bake", tmp_path / "baked")
+    assert f"--bake: {model}'s tokenizer writes A as [" in str(done.exception)
+    assert "which differ in more than the last token" in str(done.exception)
     assert not (tmp_path / "o").exists()
