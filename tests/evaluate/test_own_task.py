@@ -1,6 +1,9 @@
 """A user's own task: a YAML file and its data, from the command line to the predictions; every mistake in one line."""
 
 import json
+import re
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,7 +14,7 @@ from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.evaluate.config import EvaluateConfig
 from calsmooth.evaluate.prompts import cloze, letters, plain_prompt
 from calsmooth.evaluate.tasks import choice_tasks
-from calsmooth.evaluate.tasks.own import read_task
+from calsmooth.evaluate.tasks.own import TaskFile, read_task
 from calsmooth.records import read_predictions
 
 CSV = """no,prompt,a,b,c,d,correct,region
@@ -197,3 +200,24 @@ def test_from_the_command_line(model_folder, task_file, tmp_path, format):
         ("capitals", "south", 4, 2),
         ("capitals", "west", 4, 3),
     ]
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own-task"
+
+
+def test_the_example_is_a_good_task():
+    task = read_task(EXAMPLE / "capitals.yaml")
+    data = task.load(None, task.shots)
+    capitals = ["Paris", "Dublin", "Brussels", "Amsterdam", "Rome", "Madrid", "Lisbon", "Athens"]
+    assert [q.choices[q.answer] for q in data.questions] == capitals
+    prompt = plain_prompt(letters(task, "hendrycks"), data.questions[2], data.examples["western Europe"])
+    assert prompt.text(1) == (
+        "Questions about the capitals of western Europe, with answers.\n\n"
+        "What is the capital of Luxembourg?\nA. Luxembourg\nB. Esch\nC. Differdange\nD. Dudelange\nAnswer: A\n\n"
+        "What is the capital of Belgium?\nA. Brussels\nB. Ghent\nC. Antwerp\nAnswer:"
+    )
+
+
+def test_the_examples_table_names_every_key():
+    text = (EXAMPLE / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE)) == {f.name for f in fields(TaskFile)}
