@@ -79,8 +79,8 @@ def _bake(config: CalibrateCommand, folder: Path, model: str, revision: str | No
     baked = bake(model, temperature, folder, revision=revision, dtype=dtype, device=device)
     console.say(
         f"Baked the temperature into {baked.folder}/: {', '.join(baked.changed)}. Loaded again, its logits are "
-        f"{model}'s divided by {temperature:.4g}, to {baked.difference:.0e}. Text sampled from it is as if drawn at that "
-        f"temperature."
+        f"{model}'s divided by {temperature:.4g}, to {baked.difference:.0e}. Text sampled from it is as if drawn at "
+        f"that temperature."
     )
 
 
