@@ -115,3 +115,20 @@ def test_what_cannot_be_done_ends_in_one_line(model_folders, tmp_path, monkeypat
     assert named in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_real_model_has_lapacks_singular_values(external_models, tmp_path, monkeypatch, capsys):
+    import numpy as np
+    import torch
+
+    from calsmooth.models import load_model
+
+    folder = external_models / "smollm2-135m-instruct"
+    monkeypatch.chdir(tmp_path)
+    calsmooth("-m", folder, "--max-tokens", "100", "--device", "cpu", "--dtype", "float32", "--json", "-q")
+    (one,) = json.loads(capsys.readouterr().out)
+    weight = load_model(str(folder), dtype=torch.float32).get_output_embeddings().weight.detach().double()
+    for rows, key in ((weight, "sigma_c"), (weight - weight.mean(0), "sigma_c_centred")):
+        exact = float(np.sqrt(np.linalg.eigvalsh((rows.T @ rows).numpy())[-1]))
+        assert one["head"][key] == pytest.approx(exact, rel=1e-5)
+    assert one["diversity"]["smallest_singular_value"] is None  # 100 tokens, 576 features
