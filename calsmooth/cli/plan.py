@@ -123,4 +123,4 @@ def _answer(plan: "Plan", memory: "MemoryEstimate") -> dict[str, Any]:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Gemma3TextConfig, LlamaConfig
 
+from calsmooth.config import load
 from calsmooth.errors import UsageError
 from calsmooth.finetune.config import FinetuneConfig
 from calsmooth.finetune.fit import fastest
@@ -170,3 +171,11 @@ def test_the_fastest_micro_batch_holds_little_padding_and_keeps_the_processor_bu
     tokens = {8: [8000], 4: [4000, 400], 2: [2000, 400, 100, 100], 1: [1000, 900, 200, 200, 50, 50, 50, 50]}
     assert fastest([8, 4, 2, 1], tokens.__getitem__, "cpu") == [2, 1]
     assert fastest([8, 4, 2, 1], tokens.__getitem__, "cuda") == [8, 4, 2, 1]
+
+
+def test_the_example_of_a_mixture_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    plan, _ = prepare(load(FinetuneConfig, {}, Path("examples/finetune-mixture/mixture.yaml")))
+    assert plan.config.packing
+    few, many = sorted(plan.order.quotas)
+    assert few / (few + many) == pytest.approx(0.1, abs=0.01)
