@@ -25,8 +25,12 @@ OPTIMIZERS = {
 FROM_BITSANDBYTES = {"adamw_8bit", "paged_adamw_8bit", "lion", "lion_8bit", "paged_lion_8bit"}
 
 
-def training_arguments(plan: Plan, folder: Path, device: torch.device, *, resumed: bool) -> TrainingArguments:
-    """What the Trainer is told. resumed: a checkpoint will be gone on from."""
+def training_arguments(
+    plan: Plan, folder: Path, device: torch.device, *, resumed: bool, some_unused: bool = False
+) -> TrainingArguments:
+    """What the Trainer is told. resumed: a checkpoint will be gone on from. some_unused: parameters that text gives no
+    gradient, for which DDP must not wait.
+    """
     config = plan.config
     schedule, schedule_options = _schedule(config, plan.steps)
     arguments = TrainingArguments(
@@ -65,6 +69,7 @@ def training_arguments(plan: Plan, folder: Path, device: torch.device, *, resume
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         log_level_replica="error",
+        ddp_find_unused_parameters=some_unused,
         **_parallel(config),
     )
     if arguments.n_gpu > 1:

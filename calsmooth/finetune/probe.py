@@ -78,6 +78,18 @@ def probe(model: "PreTrainedModel", batch: dict[str, Tensor], beta: float) -> Pr
     return result
 
 
+def every_parameter_takes_part(model: "PreTrainedModel", trained: torch.nn.Module, batch: dict[str, Tensor]) -> bool:
+    """Whether each parameter that is trained gets a gradient from text; the part that sees images doesn't.
+
+    trained: the model, or adapters around it; its gradients are empty afterwards.
+    """
+    with fused_loss(model, 0.0):
+        trained(**batch).loss.backward()
+    all_do = all(p.grad is not None for p in trained.parameters() if p.requires_grad)
+    trained.zero_grad(set_to_none=True)
+    return all_do
+
+
 def probe_batch(
     examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", device: torch.device
 ) -> dict[str, torch.Tensor]:

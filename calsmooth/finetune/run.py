@@ -31,7 +31,7 @@ from calsmooth.finetune.lora import add_adapters
 from calsmooth.finetune.meter import BadStepError
 from calsmooth.finetune.packing import check_packing, collator
 from calsmooth.finetune.plan import Plan, prepare
-from calsmooth.finetune.probe import ProbeResult, probe, probe_batch
+from calsmooth.finetune.probe import ProbeResult, every_parameter_takes_part, probe, probe_batch
 from calsmooth.finetune.recording import METRICS, metrics_recorder, report_bad_step, summarize_metrics, tensorboard
 from calsmooth.finetune.results import write_results
 from calsmooth.finetune.resume import (
@@ -197,6 +197,10 @@ def _train(
     """The summary, and all weights where processes hold shards of them. trained: the model, or adapters around it."""
     config = plan.config
     done = check_whole(checkpoint) if checkpoint else 0
+    some_unused = False
+    if processes.count > 1 and config.parallel not in SHARDED:
+        batch = probe_batch(plan.examples.examples, tokenizer, device)
+        some_unused = not every_parameter_takes_part(model, trained, batch)
     use_cache = model.config.use_cache  # the Trainer switches it off, and the saved model would generate slowly
     with (
         metrics_recorder(folder / METRICS, done, plan.steps, writes=processes.first) as record,
@@ -207,7 +211,7 @@ def _train(
         set_seed(config.seed)
         trainer = SFTTrainer(
             trained,
-            training_arguments(plan, folder, device, resumed=checkpoint is not None),
+            training_arguments(plan, folder, device, resumed=checkpoint is not None, some_unused=some_unused),
             plan.stream or plan.examples.examples,
             tokenizer,
             order=plan.stream or plan.order,

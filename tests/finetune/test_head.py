@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from calsmooth.errors import CalsmoothError
 from calsmooth.finetune.fit import enable_gradient_checkpointing
 from calsmooth.finetune.head import fused_loss
-from calsmooth.finetune.probe import probe
+from calsmooth.finetune.probe import every_parameter_takes_part, probe
 from calsmooth.heads import find_head
 
 SMALL = {
@@ -210,6 +210,13 @@ def test_the_probe_refuses_a_scale_or_cap_that_the_loss_was_not_told(
     monkeypatch.setattr("calsmooth.finetune.head.find_head", lambda model: plain)
     with pytest.raises(CalsmoothError, match="doesn't equal the model's own"):
         probe(model, batch(), 0.1)
+
+
+@pytest.mark.parametrize(("name", "all_do"), [("Llama", True), ("Mixtral", True), ("Gemma3", False)])
+def test_what_text_gives_no_gradient_is_found(name: str, all_do: bool) -> None:
+    model = make(name)
+    assert every_parameter_takes_part(model, model, batch()) == all_do
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_model_without_a_linear_head_is_refused() -> None:
