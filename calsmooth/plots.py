@@ -160,12 +160,13 @@ def plot_reliability_together(tasks: Mapping[str, Sequence[Reliability]], column
             upper.scatter(b.confidence[filled], b.accuracy[filled], **dots)
             lower.stairs(b.weights(), np.append(b.lower, b.upper[-1]), color=color, linewidth=1.4)
         upper.plot([0, 1], [0, 1], color="0.25", linewidth=1.2)
-        for x, y, words in ((0.97, 0.05, "over-confident"), (0.03, 0.6, "under-confident")):
+        for x, y, words in ((0.97, 0.04, "over-confident"), (0.03, 0.94, "under-confident")):
             upper.text(x, y, words, color="0.55", fontsize=8, ha="right" if x > 0.5 else "left")
-        upper.set_title(task, fontsize=11)
         upper.set(xlim=(0, 1), ylim=(0, 1))
         upper.tick_params(labelbottom=False)
-        upper.legend(loc="upper left", fontsize=8, frameon=False)
+        # Above the panel: inside, it would lie on the lines of a good model.
+        above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "frameon": False}
+        upper.legend(title=task, title_fontsize=11, alignment="left", fontsize=8, **above)
         lower.set(xlim=(0, 1), ylim=(0, None), xlabel="confidence")
     return figure
 

@@ -89,7 +89,7 @@ def test_runs_together_are_told_apart(sample):
     assert lines[0].get_color() != lines[1].get_color()
     filled = runs[1].bins.count > 0
     assert lines[1].get_ydata() == pytest.approx(runs[1].bins.accuracy[filled])
-    assert figure.axes[1].get_title() == "two"
+    assert figure.axes[1].get_legend().get_title().get_text() == "two"
 
 
 def test_bars_reach_their_values_and_intervals():

@@ -14,6 +14,8 @@ from calsmooth.evaluate.config import ChoicesConfig, EvaluateConfig
 from calsmooth.models import BUILT_IN
 
 OF_COMPARISONS = ("runs", "compare", "output", "seed")
+DIFFERENCES_SHOWN = 8
+"""More than these are left to the report."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,10 @@ def _compare(config: EvaluateCommand, output: Output) -> None:
     result = compare(config.runs, config.output, config.seed)
     labels = [run["label"] for run in result.results["runs"]]
     output.show(Group(*rich_tables(labels, result.results["tasks"])), result=result.results)
-    _say_dim([*difference_lines(result.results), *result.results["notes"]])
+    differences = difference_lines(result.results)
+    if len(differences) > DIFFERENCES_SHOWN:
+        differences = [f"{len(differences)} differences to {labels[0]}, with intervals: see report.html"]
+    _say_dim([*differences, *result.results["notes"]])
     _say_files(result.folder)
 
 

@@ -84,7 +84,7 @@ class Cell:
 def prepare_cells(runs: Sequence[str], tasks: Summaries, columns: Sequence[Column] = COLUMNS) -> list[list[Cell]]:
     """A row a run, `columns` for each task: three digits, the best of a column marked, a dash where there is nothing.
 
-    Equal to three digits is equally good.
+    Equal to three digits is equally good; where all are, none is marked.
     """
     rows: list[list[Cell]] = [[] for _ in runs]
     for by_run in tasks.values():
@@ -92,7 +92,7 @@ def prepare_cells(runs: Sequence[str], tasks: Summaries, columns: Sequence[Colum
             values = [by_run.get(run, {}).get(column.key) for run in runs]
             rounded = [None if value is None else round(value, 3) for value in values]
             known = [value for value in rounded if value is not None]
-            best = (max if column.better > 0 else min)(known) if len(known) > 1 else None
+            best = (max if column.better > 0 else min)(known) if len(set(known)) > 1 else None
             for row, value in zip(rows, rounded, strict=True):
                 row.append(Cell("-" if value is None else f"{value:.3f}", value is not None and value == best))
     return rows

@@ -125,8 +125,8 @@ def test_the_best_of_a_column_is_marked_both_ways_and_ties_twice():
     assert [row[0].best for row in rows] == [True, True, False]
     assert [row[1].best for row in rows] == [True, False, False]
     assert [cell.text for cell in rows[2]] == ["0.400", "-", "-", "-"]
-    alone = prepare_cells(["a"], {"t": {"a": {"accuracy": 0.5}}})
-    assert not alone[0][0].best
+    alike = prepare_cells(["a", "b"], {"t": {"a": {"accuracy": 0.5}, "b": {"accuracy": 0.5}}})
+    assert not alike[0][0].best
 
 
 def test_names_are_escaped():
