@@ -2,19 +2,18 @@
 
 The paper's section 4 (remark 4.4): a temperature or a softcap moves how confident a head can get, and so where label
 smoothing acts. A softcap goes into the configuration of the architectures that have one. A temperature is no part of a
-Hugging Face model: it is trained beside the weights, and at the end folded into the head, or, where the head is the
-embedding too, into the norm before it, of which the logits are a linear function. That this architecture allows it is
-tried out before training.
+Hugging Face model: it is trained beside the weights, and at the end folded into them (`calsmooth.folding`). That this
+architecture allows it is tried out before training.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
-from calsmooth.errors import UsageError
-from calsmooth.heads import final_hidden_states, find_head
+from calsmooth.errors import CalsmoothError, UsageError
+from calsmooth.folding import plan_fold, sample_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -62,25 +61,31 @@ def set_dropout(config: "PreTrainedConfig", dropout: float) -> list[str]:
     return sorted(names)
 
 
-def check_temperature(model: "PreTrainedModel", batch: dict[str, Tensor], temperature: float) -> None:
+def check_temperature(model: "PreTrainedModel", temperature: float) -> None:
     """Can the saved model hold the temperature? Tried out on a few tokens; the model is left as it was.
 
     Raises:
         UsageError: it can't.
     """
-    before = _logits(model, batch)
-    undo = fold_temperature(model, temperature)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
-        after = _logits(model, batch)
+        expected = sample_logits(model) / temperature
+        undo = fold_temperature(model, temperature)
+        try:
+            difference = float((sample_logits(model) - expected).abs().max() / expected.abs().max())
+        finally:
+            undo()
+    except CalsmoothError as error:
+        raise UsageError(f"--logit-temperature {temperature:g}: {error}") from None
     finally:
-        undo()
-    expected = before / temperature
-    difference = float((after - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+        for module, mode in modes.items():
+            module.training = mode
     # "not <=" so that NaN is refused.
     if not difference <= FOLD_TOLERANCE:
         raise UsageError(
-            f"--logit-temperature {temperature:g}: {type(model).__name__} can't hold a temperature in its head or its "
-            f"last norm (its logits would be off by {difference:.0e}); leave it out"
+            f"--logit-temperature {temperature:g}: {type(model).__name__} can't hold a temperature in its last norm or "
+            f"its head (its logits would be off by {difference:.0e} of the largest); leave it out"
         )
 
 
@@ -89,68 +94,31 @@ def fold_temperature(model: "PreTrainedModel", temperature: float) -> Callable[[
     """Change the model so that its logits are what they were, divided by the temperature; returns what undoes it.
 
     Raises:
-        UsageError: the head is tied to the embedding, and no norm lies before it.
+        CalsmoothError: nothing in it can take the temperature.
     """
-    head: Any = model.get_output_embeddings()
-    text = model.config.get_text_config(decoder=True)
-    softcap = getattr(text, SOFTCAP, None)
-    offset = 0.0
-    scaled: Any = head
-    if head.weight is model.get_input_embeddings().weight:
-        scaled = _last_norm(model, head.in_features, temperature)
-        offset = _offset(scaled)
-    parameters = [p for p in (scaled.weight, getattr(scaled, "bias", None)) if isinstance(p, Tensor)]
-    values = [p.clone() for p in parameters]
-    scaled.weight.copy_((scaled.weight + offset) / temperature - offset)
-    for bias in parameters[1:]:
-        bias.div_(temperature)
-    if softcap:
-        setattr(text, SOFTCAP, softcap / temperature)
+    fold = plan_fold(model, temperature)
+    parameters = dict(model.named_parameters())
+    values = {name: parameters[name].clone() for name in fold.tensors}
+    for name, change in fold.tensors.items():
+        parameters[name].copy_(change(values[name].double()))
+    settings = {place: _setting(model.config, place) for place in fold.settings}
+    for place, value in fold.settings.items():
+        _set_setting(model.config, place, value)
 
     @torch.no_grad()
     def undo() -> None:
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(value)
-        if softcap:
-            setattr(text, SOFTCAP, softcap)
+        for name, value in values.items():
+            parameters[name].copy_(value)
+        for place, setting in settings.items():
+            _set_setting(model.config, place, setting)
 
     return undo
 
 
-def _last_norm(model: "PreTrainedModel", hidden: int, temperature: float) -> nn.Module:
-    """The last module with nothing but a (hidden,) weight, and perhaps a bias."""
-    for module in reversed(list(model.base_model.modules())):
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.shape == (hidden,):
-            return module
-    raise UsageError(
-        f"--logit-temperature {temperature:g}: {type(model).__name__} ties its head to its embedding and has no norm "
-        "before it that could hold a temperature; leave it out"
-    )
+def _setting(config: Any, place: str) -> Any:
+    return functools.reduce(getattr, place.split("."), config)
 
 
-def _offset(norm: nn.Module) -> float:
-    """0 where the norm multiplies by its weight, 1 where it multiplies by 1 + weight, as Gemma's do."""
-    weight = norm.weight
-    assert isinstance(weight, Tensor)
-    bias = getattr(norm, "bias", None)
-    value = weight.clone()
-    weight.zero_()
-    ramp = torch.linspace(-1.0, 1.0, len(weight), device=weight.device, dtype=weight.dtype)
-    silent = norm(ramp) if bias is None else norm(ramp) - bias
-    weight.copy_(value)
-    return 0.0 if bool((silent == 0).all()) else 1.0
-
-
-@torch.no_grad()
-def _logits(model: "PreTrainedModel", batch: dict[str, Tensor]) -> Tensor:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        head = find_head(model)
-        return head.logits(
-            final_hidden_states(model, head, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        )
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+def _set_setting(config: Any, place: str, value: Any) -> None:
+    *above, key = place.split(".")
+    setattr(functools.reduce(getattr, above, config), key, value)

@@ -176,7 +176,7 @@ def _models(
     if config.packing:
         check_packing(model)
     if config.logit_temperature != 1.0:
-        check_temperature(model, batch, config.logit_temperature)
+        check_temperature(model, config.logit_temperature)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     if config.lora_rank is None:

@@ -197,7 +197,7 @@ def test_a_temperature_is_folded_in_exactly_and_out_again(name: str, changes: di
         undo()
         assert torch.equal(model(ids).logits, before)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    check_temperature(model, some_batch(), 3.0)
+    check_temperature(model, 3.0)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
@@ -206,7 +206,7 @@ def test_a_temperature_that_the_model_can_not_hold_is_refused() -> None:
     norm = model.model.norm
     norm.forward = lambda x: torch.nn.functional.rms_norm(x, (32,)) + norm.weight  # type: ignore[method-assign]
     with pytest.raises(UsageError, match="can't hold a temperature"):
-        check_temperature(model, some_batch(), 2.0)
+        check_temperature(model, 2.0)
 
 
 def test_a_model_trained_with_a_temperature_scores_the_same_elsewhere(
