@@ -191,3 +191,35 @@ class TestLinesThatCantBeRead:
         assert (found.rows, found.bad) == (2, 1)
         with pytest.raises(CalsmoothError, match=r"line 2: the chat template refuses this conversation"):
             load_example_set(path, strict, max_length=99)
+
+
+class TestHub:
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        datasets = pytest.importorskip("datasets")
+        calls = []
+
+        def load_dataset(name, configuration, **options):
+            calls.append((name, configuration, options))
+            return datasets.Dataset.from_list([ROWS["alpaca"]])
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr("calsmooth.data.sources.prepare_hub", lambda: True)
+        return calls
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_is_asked_for_what_was_written(self, asked, streaming):
+        for text in ("org/name", "org/name:en@v1#train[:10%]"):
+            [part] = open_source(parse_sources([text])[0], streaming=streaming)
+        assert asked == [
+            ("org/name", None, {"split": "train", "revision": None, "streaming": streaming}),
+            ("org/name", "en", {"split": "train[:10%]", "revision": "v1", "streaming": streaming}),
+        ]
+        [row] = part.read()
+        assert (row.columns, row.where) == (ROWS["alpaca"], "org/name:en (train[:10%]), row 1")
+
+    def test_its_sets_are_kept_by_the_fingerprint_of_datasets(self, asked, chatml, tmp_path, monkeypatch):
+        monkeypatch.setenv("CALSMOOTH_CACHE", str(tmp_path))
+        monkeypatch.setattr("calsmooth.data.cache.WORTH_SECONDS", 0.0)
+        found = [load_example_set("org/name", chatml, max_length=99, cache=True) for _ in range(2)]
+        assert [s.from_cache for s in found] == [False, True]
