@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-ENOUGH_TOKENS = 2048
-"""New tokens of a batch beyond which a forward isn't faster per token; on a GPU for the largest models only."""
-ENOUGH_WORK = 6e12
-"""New tokens times parameters of a batch that keep a GPU busy for longer than it takes to launch the forward."""
+ENOUGH_TOKENS = {"cpu": 512, "cuda": 2048}
+"""New tokens of a batch beyond which even a large model isn't faster per token, and only pads more."""
+ENOUGH_WORK = {"cpu": 2.5e9, "cuda": 6e12}
+"""New tokens times parameters for which a forward takes far longer than its launch: small models need more tokens."""
 SHARE_OF_FREE = 0.5
 
 
@@ -46,9 +46,8 @@ class Batches:
         self._divisor = 1
         self._device = model.device
         self._footprint = _Footprint.of(model)
-        self._enough = ENOUGH_TOKENS
-        if model.device.type == "cuda":
-            self._enough = max(int(ENOUGH_WORK / model.num_parameters()), ENOUGH_TOKENS)
+        kind = "cpu" if model.device.type == "cpu" else "cuda"
+        self._enough = max(ENOUGH_WORK[kind] / model.num_parameters(), ENOUGH_TOKENS[kind])
 
     def run(
         self, items: Sequence[T], size: Callable[[T], Size], work: Callable[[list[T]], R]

@@ -74,7 +74,7 @@ def test_next_tokens_go_on_as_well(build):
     predictor = TokenPredictor(model)
     limit_rows(model, 3, ON_A_GPU)
     assert predictor.predict(examples).nll == pytest.approx(expected.nll, abs=1e-9)
-    assert predictor.batches.halvings == 1
+    assert 1 <= predictor.batches.halvings <= 3
 
 
 def test_a_single_sequence_that_is_too_much_is_an_error_in_one_line(build):
@@ -106,7 +106,7 @@ def test_batches_hold_what_the_memory_does_and_never_nothing(build, lengths, fre
     bytes_of = batches._footprint.bytes
     for batch in cut:
         assert len(batch) == 1 or len(batch) * bytes_of(Size(batch[0], past=100)) <= free
-        assert len(batch) == 1 or len(batch) * batch[0] <= batches_module.ENOUGH_TOKENS
+        assert len(batch) == 1 or len(batch) * batch[0] <= batches._enough
 
 
 def test_free_memory_is_what_is_there_and_what_is_allowed(monkeypatch):
