@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +18,6 @@ from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.files import read_json, whole_folder, write_json
 from calsmooth.folding import plan_fold, sample_logits, set_setting
 from calsmooth.models import load_model, load_tokenizer, model_folder
-
-if TYPE_CHECKING:
-    pass
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest difference of the logits that rounding explains, as a share of the largest logit."""

@@ -36,6 +36,17 @@ def make_predictions(n=400, temperature=2.5, task="quiz", subjects=("a", "b", "c
     return made
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr("calsmooth.calibrate.run.RESAMPLES", 50)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For tests that look at the numbers only."""
+    monkeypatch.setattr("calsmooth.calibrate.run.write_report", lambda *_: None)
+
+
 @pytest.fixture
 def predictions(tmp_path):
     return write_predictions(tmp_path / "evaluation" / "predictions.jsonl", make_predictions())
@@ -61,7 +72,7 @@ def test_the_command_writes_its_files(predictions, tmp_path):
     assert after["accuracy"] == before["accuracy"]
 
 
-def test_the_report_is_on_the_part_that_was_not_fitted(predictions, tmp_path):
+def test_the_report_is_on_the_part_that_was_not_fitted(predictions, tmp_path, undrawn):
     found = run(CalibrateConfig(predictions=predictions, output=tmp_path / "o", seed=3)).results
     fit_part, report_part = split(read_predictions(predictions), 0.5, 3)
     assert {p.id for p in fit_part}.isdisjoint(p.id for p in report_part)
@@ -113,7 +124,7 @@ def test_the_seed_decides_the_split():
     assert split(pool, 0.5, 0) != split(pool, 0.5, 1)
 
 
-def test_folds_report_each_question_by_a_fit_without_it(predictions, tmp_path):
+def test_folds_report_each_question_by_a_fit_without_it(predictions, tmp_path, undrawn):
     found = run(CalibrateConfig(predictions=predictions, output=tmp_path / "o", folds=4, seed=1)).results
     assert (found["n_fit"], found["n_report"]) == (400, 400)
     total = 0.0
@@ -158,7 +169,7 @@ def test_cloze_is_calibrated_by_the_sum_and_by_the_byte(tmp_path):
     assert found["per_byte"]["after"]["choice_mass"] is None
 
 
-def test_a_choice_that_only_the_reported_part_has(tmp_path):
+def test_a_choice_that_only_the_reported_part_has(tmp_path, undrawn):
     """Parts may differ in their largest number of choices."""
     rows = make_predictions(60)
     rows = [replace(p, logprobs=p.logprobs[:3], gold=min(p.gold, 2)) for p in rows]
@@ -169,7 +180,7 @@ def test_a_choice_that_only_the_reported_part_has(tmp_path):
     assert (len(found["scale"]), found["bias"][3]) == (4, 0.0)
 
 
-def test_several_tasks_share_one_temperature_and_are_reported_apart(tmp_path):
+def test_several_tasks_share_one_temperature_and_are_reported_apart(tmp_path, undrawn):
     both = make_predictions(60, task="one") + make_predictions(60, task="two", seed=1)
     file = write_predictions(tmp_path / "predictions.jsonl", both)
     found = run(CalibrateConfig(predictions=file, output=tmp_path / "o")).results
