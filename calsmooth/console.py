@@ -44,8 +44,9 @@ def say(*what: Any) -> None:
 
 
 def warn(message: str) -> None:
-    """Something the user should know about a result; shown even with --quiet."""
-    _err.print(f"[yellow]warning:[/yellow] {message}")
+    """Something the user should know about a result; shown even with --quiet, by the process that talks to the user."""
+    if speaks():
+        _err.print(f"[yellow]warning:[/yellow] {message}")
 
 
 def fail(message: str) -> None:

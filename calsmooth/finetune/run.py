@@ -236,6 +236,8 @@ def _train(
             raise CalsmoothError(processes.by_first(lambda: report_bad_step(bad, tokenizer, folder))) from error
     if trainer.meter.stopping and trainer.state.global_step < plan.steps:
         [number, *_] = [number for number in processes.shared(stop.signal) if number is not None]
+        if not processes.first:  # one of them says it
+            raise SystemExit(128 + number)
         raise StoppedError(
             f"stopped by {signal.Signals(number).name} after step {trainer.state.global_step} of {plan.steps}, behind "
             f"a checkpoint; go on with --resume --output {folder}",
