@@ -77,7 +77,7 @@ def read_runs(given: Sequence[str]) -> list[Run]:
     for argument in given:
         label, folder = _name_and_folder(argument)
         results = read_json(folder / "results.json")
-        if not isinstance(results, dict) or not isinstance(results.get("tasks"), dict):
+        if not isinstance(results, dict) or not {"tasks", "config"} <= results.keys():
             raise CalsmoothError(f"{folder / 'results.json'}: not the results of calsmooth evaluate (no 'tasks')")
         found.append(Run(label or folder.resolve().name.removeprefix("evaluate-"), folder, results))
     for run in found:
@@ -110,6 +110,10 @@ def _summaries(runs: Sequence[Run], tasks: Sequence[str]) -> dict[str, dict[str,
 
 def _unlike(runs: Sequence[Run], tasks: Sequence[str]) -> Iterator[str]:
     """What keeps numbers of the same task from being comparable."""
+    bins = [(run.label, run.results["config"]["bins"]) for run in runs]
+    if len({number for _, number in bins}) > 1:
+        each = ", ".join(f"{label}: {number}" for label, number in bins)
+        yield f"the runs differ in bins ({each}), so that their ECE, MCE, SCE and ACE don't compare like with like"
     for task in tasks:
         present = [(run.label, run.results["tasks"][task]) for run in runs if task in run.results["tasks"]]
         unlike = [key for key in SETTINGS if len({str(summary.get(key)) for _, summary in present}) > 1]
@@ -146,7 +150,7 @@ def _differences(runs: Sequence[Run], tasks: Sequence[str], seed: int, notes: li
                 )
                 continue
             arrays = np.array([(*one[key], *other[key]) for key in shared]).T
-            bins = int(base.results["config"].get("bins", 15))
+            bins = int(base.results["config"]["bins"])
             found[task][run.label] = _paired(arrays, bins, seed)
     return {task: by_run for task, by_run in found.items() if by_run}
 

@@ -44,7 +44,7 @@ COLUMNS = (
     Column("RMS*", "rms_ce_hendrycks_test", -1),
 )
 LEGEND = (
-    "ECE: 15 or --bins bins of equal width. RMS: root mean square over adaptive bins. RMS*: what the original MMLU "
+    "ECE: bins of equal width. RMS: root mean square over adaptive bins. RMS*: what the original MMLU "
     "script calls RMS, to compare with published tables. Bold: the best of a column."
 )
 ON_TERMINAL = 3

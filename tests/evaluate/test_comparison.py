@@ -171,6 +171,12 @@ def test_runs_that_were_not_asked_alike_are_pointed_out(runs, tmp_path, undrawn)
     assert "mmlu: the runs differ in shots (honest: 5, fewer: 0), so that" in notes[0]
     assert "mmlu: the runs differ in n" in notes[1]
     assert "mmlu: fewer and honest answered different questions; no difference is given" in notes
+    coarse = make_run(tmp_path / "coarse", 1.0)
+    results = json.loads((coarse / "results.json").read_text())
+    results["config"]["bins"] = 10
+    (coarse / "results.json").write_text(json.dumps(results))
+    notes = compare([str(runs[0]), str(coarse)], tmp_path / "q").results["notes"]
+    assert notes[0].startswith("the runs differ in bins (honest: 15, coarse: 10), so that their ECE")
     other = make_run(tmp_path / "other", 1.0, key="other")
     notes = compare([str(runs[0]), str(other)], tmp_path / "p").results["notes"]
     assert notes == ["mmlu: the runs were not asked the same questions in the same words (their task keys differ)"]
