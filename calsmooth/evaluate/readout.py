@@ -51,6 +51,8 @@ class Readout:
         """
         if self.head is not None:
             hidden_states = final_hidden_states(self.model, self.head, **inputs)[rows, positions]  # (M, D)
+            if len(place) == 0:  # a forward for its keys and values alone
+                return hidden_states.new_zeros(0, dtype=torch.float32)
             return self._fused_logprobs(self.head, hidden_states, place, token)
         parts = [
             (logits.log_softmax(dim=-1)[place[here] - start, token[here]], here)

@@ -101,7 +101,7 @@ class Scorer:
     """Scores requests with one model.
 
     batch_size: sequences run at once; None chooses by free memory. reuse: False runs everything in full, for
-    comparison. `notes()` says in words what isn't as it usually is.
+    comparison. `sharing`, `readout.fallback` and `batches.halvings` say what isn't as it usually is.
     """
 
     def __init__(self, model: "PreTrainedModel", *, batch_size: int | None = None, reuse: bool = True) -> None:

@@ -88,6 +88,16 @@ def test_a_plain_head_is_never_called_and_another_only_for_what_is_asked(model, 
         assert seen == []
 
 
+def test_nothing_asked_is_nothing_read(model, inputs):
+    none = torch.zeros(0, dtype=torch.long)
+    ran = []
+    model.model.register_forward_hook(lambda *_: ran.append(True))
+    readout = Readout(model)
+    ran.clear()
+    assert readout.logprobs(inputs, none, none, none, none).shape == (0,)
+    assert ran == [True]
+
+
 def test_a_model_without_a_head_is_refused(build):
     with pytest.raises(CalsmoothError, match="no output head"):
         Readout(build("llama").model)

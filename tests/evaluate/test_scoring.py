@@ -134,6 +134,18 @@ def recorded(update, kept):
     return wrapped
 
 
+def test_a_model_with_a_head_of_its_own_kind_gives_its_own_logits(build):
+    """What calsmooth.loss can't compute is asked of the model, and shared all the same."""
+    model = build("llama", torch.float64)
+    plain = model.lm_head
+    model.lm_head = torch.nn.Sequential(plain, torch.nn.Tanh())
+    requests = make_requests()
+    scorer = Scorer(model)
+    assert "a head of type Sequential" in scorer.readout.fallback
+    for got, request in zip(scorer.score(requests), requests, strict=True):
+        assert got == pytest.approx(one_at_a_time(model, request), abs=1e-9)
+
+
 def test_progress_counts_every_request_once(build):
     for kind in ("llama", "gemma2"):
         done = []
