@@ -8,6 +8,7 @@ of the head's output, and looks at what comes out. What lies between decoder and
 nobody's business either: hidden states are taken where the model hands them to its head.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from calsmooth.errors import CalsmoothError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+"""Arguments of multi-modal models: 0 is text."""
 
 TINY, HUGE = 2.0**-20, 2.0**40
 """Ramps on which any tanh is still its slope, and already its limit. Powers of two, so that no digit is lost."""
@@ -92,8 +96,16 @@ def run_without_head(model: "PreTrainedModel", head: Head, **inputs: Any) -> tup
     """As `final_hidden_states`, and the model's whole output, whose logits mean nothing."""
     with _intercepted(head.module, head._places) as given:
         # Past the instance's own `forward`, in whose place someone may have put what calls this.
-        outputs = type(model).forward(model, **({"use_cache": False} | inputs))
+        outputs = type(model).forward(model, **({"use_cache": False} | _as_text(model, inputs) | inputs))
     return given.hidden_states, outputs
+
+
+def _as_text(model: "PreTrainedModel", inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Some multi-modal models (Gemma 3, in older versions) want to be told in training that no token is an image's."""
+    if not model.training or getattr(model.config, "vision_config", None) is None:
+        return {}
+    known = inspect.signature(type(model).forward).parameters
+    return {name: torch.zeros_like(inputs["input_ids"]) for name in TOKEN_TYPES if name in known}
 
 
 def _ramps(columns: int, device: torch.device) -> Tensor:

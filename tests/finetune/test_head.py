@@ -125,6 +125,16 @@ def test_loss_and_every_gradient_equal_the_models_own(name: str, beta: float) ->
     assert gradient < 1e-4
 
 
+def test_a_multi_modal_model_trains_on_text_as_it_is_measured() -> None:
+    model, inputs = make("Gemma3"), batch()
+    losses = []
+    for training in (False, True):  # in training, some versions want to be told which tokens are images
+        model.train(training)
+        with fused_loss(model, 0.1), torch.no_grad():
+            losses.append(model(**inputs).loss)
+    torch.testing.assert_close(*losses)
+
+
 def test_the_model_is_itself_again_afterwards() -> None:
     model, inputs = make("Gemma2"), batch()
     before = model(input_ids=inputs["input_ids"]).logits
