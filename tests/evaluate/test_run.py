@@ -158,6 +158,21 @@ def test_limit_and_dropped_shots_are_noted(config):
     assert {p.subject for p in result.predictions} == {"anatomy", "astronomy", "virology"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "note"),
+    [
+        ("mamba", "prompts are run in full, because it keeps a running state instead of a key/value cache"),
+        ("gemma2", "each choice is run with its question, because its sliding window would count padding"),
+        ("llama", None),
+    ],
+)
+def test_what_could_not_be_shared_is_noted(config, build, tokenizer, tmp_path, kind, note):
+    build(kind, initializer_range=0.05).save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    settings = {"model": str(tmp_path / kind), "task": ("arc_easy",), "format": "cloze", "limit": 3, "shots": 2}
+    assert run(config(**settings)).results["notes"] == ([note] if note else [])
+
+
 def test_responses_need_a_dataset(config):
     with pytest.raises(UsageError, match="--task responses: needs --dataset"):
         run(config(task=("responses",)))
