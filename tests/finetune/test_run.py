@@ -360,16 +360,13 @@ def test_half_written_leftovers_of_a_killed_process_are_removed(
     assert not [p for p in first.folder.rglob("*") if p.name.startswith(".")]
 
 
-def test_requests_that_can_not_be_are_refused_before_the_data_are_read(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_that_can_not_be_are_refused_before_the_data_are_read(model_folder: Path, tmp_path: Path) -> None:
     missing = tmp_path / "missing.jsonl"
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UsageError, match="holds files already"):
         run(config(model_folder, missing, tmp_path))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="several processes"):
-        run(config(model_folder, missing, tmp_path / "run"))
+    with pytest.raises(UsageError, match="there is one process; start several"):
+        run(config(model_folder, missing, tmp_path / "run", parallel="fsdp"))
 
 
 def test_the_built_in_run_ends_with_before_and_after(tmp_path: Path) -> None:
