@@ -2,7 +2,7 @@
 
 For each chunk of tokens the logits are made (one product), turned in place into the gradient by the logits, and used
 up at once for both gradients (two products): three products in all, as many as with full logits, and never more than
-`CHUNK_BYTES` of logits. `mode="lean"` is this as well; `mode="filtered"` drops what it must and saves nothing. Without
+`CHUNK_BYTES` of logits. `mode="lean"` is this as well; `mode="filtered"` replaces what it must and saves nothing. Without
 a softcap the smoothing term is rank one and needs no logits at all:
 
     sum_v z_v = scale * (E_i . csum + sum bias),  csum = sum_v C_v
@@ -179,16 +179,18 @@ def _walk(
         if options.filter_eps is not None:
             dropped = z < (options.filter_eps * z_sum).unsqueeze(1)
             dropped.scatter_(1, t, False)
+            dropped_sum = (z * dropped).sum(1)
             if kept_mass is not None:
-                kept_mass[chunk] = 1.0 - (z * dropped).sum(1) / z_sum
+                kept_mass[chunk] = 1.0 - dropped_sum / z_sum
         if weight is None:
             continue
 
         # Scale it to weight * softmax and take the target's share off.
         w = weight[chunk].unsqueeze(1)
-        z *= w * ((1.0 + 2.0 * options.z_loss * lse) / z_sum).unsqueeze(1)
         if dropped is not None:
-            z.masked_fill_(dropped, 0.0)
+            # What is dropped still pushes its entries down, all alike.
+            torch.where(dropped, (dropped_sum / dropped.sum(1).clamp(min=1)).unsqueeze(1), z, out=z)
+        z *= w * ((1.0 + 2.0 * options.z_loss * lse) / z_sum).unsqueeze(1)
         z.scatter_add_(1, t, -(1.0 - beta) * w)
         if softcap is not None:
             if dropped is not None:

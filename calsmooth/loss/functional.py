@@ -67,13 +67,14 @@ def linear_cross_entropy(
         mode: how the gradients are made; the loss itself is the same in all three.
             'exact': every entry of the softmax, three products (four with a softcap, float16, or 'none').
             'lean': the same gradients, least memory, four products.
-            'filtered': softmax entries below `filter_eps` are dropped, one product. The target's entry and the
-            smoothing term always stay exact, the latter up to this: with a softcap its slope 1 - (z / softcap)^2 is
-            taken as 1 at dropped entries, an error of at most beta / V * (z / softcap)^2 each. Where more entries are
-            to be kept than there is room for, the gradients are exact. The backward waits for one number from the GPU.
+            'filtered': softmax entries below `filter_eps` are replaced by their mean over the token's such entries, one
+            product. The target's entry and the smoothing term stay exact, the latter up to this: with a softcap its
+            slope 1 - (z / softcap)^2 is taken as 1 at replaced entries, an error of at most
+            beta / V * (z / softcap)^2 each. Where more entries are to be kept than there is room for, the gradients are
+            exact. The backward waits for one number from the GPU.
         filter_eps: the smallest softmax probability that 'filtered' keeps, in (0, 1).
         kept_mass: shaped like targets; if given, filled with the probability mass that each token's kept entries hold:
-            1 - what 'filtered' dropped; 1 for ignored tokens and in the other modes.
+            1 - what 'filtered' replaced; 1 for ignored tokens and in the other modes.
         head_gradient_dtype: dtype in which the head's gradient is summed and handed to autograd (default: the
             weight's). torch.float32 keeps small updates that bfloat16 sums lose; autograd rounds the result to the
             weight's dtype, unless the weight is float32 and autocast is on, or `lm_head_weight.grad_dtype` allows it.

@@ -45,7 +45,7 @@ def test_shift_is_what_people_write_by_hand(inputs: Inputs) -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
-def test_filtered_keeps_the_target_the_smoothing_term_and_what_reaches_eps(
+def test_filtered_keeps_the_target_the_smoothing_term_what_reaches_eps_and_the_mean_of_the_rest(
     inputs: Inputs, softcap: float | None
 ) -> None:
     E, C, y = inputs
@@ -56,7 +56,11 @@ def test_filtered_keeps_the_target_the_smoothing_term_and_what_reaches_eps(
     p, valid = z.softmax(-1), y != -100
     onehot = torch.nn.functional.one_hot(y.clamp(min=0), V).double()
     keep = (p >= eps) | (onehot > 0)
-    G = torch.where(keep, (p - (1 - beta) * onehot - beta / V) * slope, -beta / V) * valid.unsqueeze(-1) / valid.sum()
+    mean_of_the_rest = (p * ~keep).sum(-1, keepdim=True) / (~keep).sum(-1, keepdim=True)
+    G = torch.where(keep, (p - (1 - beta) * onehot - beta / V) * slope, mean_of_the_rest - beta / V)
+    if softcap is None:
+        assert G.sum(-1).abs().max() < 1e-12  # as the exact gradient's
+    G = G * valid.unsqueeze(-1) / valid.sum()
 
     kept = torch.empty(y.shape)
     loss = linear_cross_entropy(
@@ -127,3 +131,22 @@ def test_what_cannot_be_is_refused_in_one_line(inputs: Inputs, change: dict[str,
     with pytest.raises(UsageError, match=message) as error:
         linear_cross_entropy(*inputs, **change)
     assert "\n" not in str(error.value)
+
+
+def test_training_with_filtered_ends_where_exact_does() -> None:
+    """Were small entries' softmax just left out, smoothing would lift each of them up to filter_eps."""
+    V, beta, eps = 400, 0.1, 2.0**-8  # beta / V is far below eps
+    targets = torch.randint(0, 8, (64,), generator=torch.Generator().manual_seed(0))
+    entropies = {}
+    for mode in ("exact", "filtered"):
+        head = torch.zeros(V, 1, dtype=torch.float64, requires_grad=True)
+        ones = torch.ones(64, 1, dtype=torch.float64)
+        optimizer = torch.optim.Adam([head], lr=0.05)
+        for _ in range(400):
+            optimizer.zero_grad()
+            linear_cross_entropy(ones, head, targets, label_smoothing=beta, mode=mode, filter_eps=eps).backward()
+            optimizer.step()
+        p = head.detach().squeeze(1).softmax(0)
+        entropies[mode] = float(-(p * p.log()).sum())
+        assert float(p[8:].sum()) == pytest.approx(beta * (V - 8) / V, rel=0.02)
+    assert entropies["filtered"] == pytest.approx(entropies["exact"], rel=0.01)

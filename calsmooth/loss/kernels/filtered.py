@@ -1,4 +1,4 @@
-"""`mode="filtered"`: softmax entries below `filter_eps` are left out of the gradients; the smoothing term is not.
+"""`mode="filtered"`: softmax entries below `filter_eps` are replaced by their mean; the smoothing term is not touched.
 
 One product in all instead of three. Of a real model's softmax about one entry in two thousand reaches 2^-12, so
 
@@ -11,13 +11,18 @@ One product in all instead of three. Of a real model's softmax about one entry i
  5. in the backward dE is a gather over each token's entries, dC one over each column's, written once together with
     the smoothing term's rank-one row:
 
-        dE_i = sum_kept c_iv C_v - u_i csum,     dC_v = sum_kept c_iv E_i - sum_i u_i E_i,    u_i = g_i beta / V
+        dE_i = sum_kept c_iv C_v - u_i csum,     dC_v = sum_kept c_iv E_i - sum_i u_i E_i
 
-        c_iv = w_i p_iv - g_i (1 - beta) [v = y_i]                              (without a softcap)
-        c_iv = (w_i p_iv - g_i (1 - beta) [v = y_i] - u_i) (1 - (z/t)^2) + u_i   (with one)
+        u_i  = g_i beta / V - w_i d_i,           d_i = (1 - kept mass) / (V - kept entries)
+        c_iv = w_i p_iv - g_i (1 - beta) [v = y_i] - g_i beta / V + u_i                  (without a softcap)
+        c_iv = (w_i p_iv - g_i (1 - beta) [v = y_i] - g_i beta / V) (1 - (z/t)^2) + u_i    (with one)
 
-With a softcap the smoothing term's slope 1 - (z/t)^2 is applied to kept entries and taken as 1 for the others: each of
-those is off by at most u_i (z/t)^2.
+d_i is the mean of the entries that are left out. Were they simply taken as 0, nothing would answer smoothing's steady
+beta / V: over a training run each of them would rise until it reached eps. So the gradient sums to 0 over the
+vocabulary as it must, and the entries that are left out together hold the mass that they should.
+
+With a softcap the slope 1 - (z/t)^2 is taken as 1 for the entries that are left out: each is off by at most
+g_i beta / V (z/t)^2 and as much of d_i.
 
 Nothing else is dropped silently: the probability mass that each token's kept entries hold is returned, and a list that
 overflows makes the backward exact (`gradient`) instead. Whether it did is known only on the device: the backward waits
@@ -180,6 +185,7 @@ def coefficients_kernel(
     targets,
     logsumexps,
     weights,  # (N,) scale g
+    rank_one,  # (N,) u, times scale
     tokens,  # written: int32
     coefficients,  # written: what the entry adds to the gradients, beside the rank-one term
     size,
@@ -199,10 +205,12 @@ def coefficients_kernel(
     y = tl.load(targets + token, mask=entry, other=-1)
     lse = tl.load(logsumexps + token, mask=entry, other=0.0)
     g = tl.load(weights + token, mask=entry, other=0.0)
-    x = g * (p * (1.0 + 2.0 * z_loss * lse) - tl.where(column == y, 1.0 - beta, 0.0))
+    u = tl.load(rank_one + token, mask=entry, other=0.0)
+    x = g * (p * (1.0 + 2.0 * z_loss * lse) - tl.where(column == y, 1.0 - beta, 0.0) - mean_weight)
     if CAPPED:
         z = (tl.log(p) + lse) / softcap
-        x = (x - g * mean_weight) * (1.0 - z * z) + g * mean_weight
+        x *= 1.0 - z * z
+    x += u
     tl.store(tokens + places, token, mask=entry)
     tl.store(coefficients + places, x, mask=entry)
 
@@ -213,14 +221,13 @@ def gather_rows_kernel(
     starts,  # (R + 1,)
     indices,
     coefficients,
-    base,  # (D,) (HAS_BASE)
+    base,  # (D,)
     base_scales,  # (R,) or one for all
     out,  # (R, D)
     R,
     D,
     stride_x,
     stride_scale,
-    HAS_BASE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -228,8 +235,7 @@ def gather_rows_kernel(
     """out_r = sum_j coefficient_j X[index_j] over r's entries, minus base_scale_r base."""
     features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = features < D
-    if HAS_BASE:
-        base_row = tl.load(base + features, mask=inside, other=0.0)
+    base_row = tl.load(base + features, mask=inside, other=0.0)
     for i in range(ROWS):
         r = tl.program_id(0) * ROWS + i
         if r < R:
@@ -244,8 +250,7 @@ def gather_rows_kernel(
                 rows = X + index[:, None] * stride_x + features[None, :]
                 x = tl.load(rows, mask=mine[:, None] & inside[None, :], other=0.0).to(tl.float32)
                 total += tl.sum(x * coefficient[:, None], 0)
-            if HAS_BASE:
-                total -= tl.load(base_scales + r * stride_scale) * base_row
+            total -= tl.load(base_scales + r * stride_scale) * base_row
             row = out + tl.cast(r, tl.int64) * D
             tl.store(row + features, total.to(out.dtype.element_ty), mask=inside)
 
@@ -255,8 +260,8 @@ def gather_rows(
     starts: Tensor,
     indices: Tensor,
     coefficients: Tensor,
-    base: Tensor | None,
-    base_scales: Tensor,
+    base: Tensor,  # (D,)
+    base_scales: Tensor,  # (R,), or one for all
     dtype: torch.dtype,
 ) -> Tensor:
     R, D = len(starts) - 1, X.shape[1]
@@ -268,14 +273,13 @@ def gather_rows(
         starts,
         indices,
         coefficients,
-        X if base is None else base,
+        base,
         base_scales,
         out,
         R,
         D,
         X.stride(0),
         1 if base_scales.dim() else 0,
-        HAS_BASE=base is not None,
         ROWS=rows,
         BLOCK_K=16,
         BLOCK_D=block,
@@ -363,10 +367,11 @@ def list_entries(
 def gather_gradients(
     operands: Operands,
     targets: Tensor,
+    kept_mass: Tensor,  # (N,)
     logsumexp: Tensor,
     weights: Tensor,  # (N,) float32, 0 where ignored
     entries: tuple[Tensor, ...],  # as from list_entries, without kept mass and overflow
-    head_sum: Tensor,  # (D,) sum of C's rows (with smoothing)
+    head_sum: Tensor,  # (D,) sum of C's rows
     head_dtype: torch.dtype,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -374,9 +379,11 @@ def gather_gradients(
     V, device = len(C), E.device
     need_E, need_C, need_bias = needed
     keys, probabilities, column_starts, token_columns, token_places, token_starts = entries
-    smooth = k.beta > 0
     weights = weights * k.scale
-    mean_weights = weights * k.mean_weight(V)
+    left_out = (V - token_starts.diff()).clamp(min=1)
+    mean_left_out = (1.0 - kept_mass).clamp(min=0.0) / left_out
+    rank_one = weights * (k.mean_weight(V) - (1.0 + 2.0 * k.z_loss * logsumexp) * mean_left_out)
+    rank_one = torch.where(targets >= 0, rank_one, 0.0)  # an ignored token's log-sum-exp may be NaN
     tokens = torch.empty(len(keys), dtype=torch.int32, device=device)
     coefficients = torch.empty(len(keys), device=device)
     coefficients_kernel[(cdiv(len(keys), 1024),)](
@@ -385,6 +392,7 @@ def gather_gradients(
         targets,
         logsumexp,
         weights,
+        rank_one,
         tokens,
         coefficients,
         len(keys),
@@ -398,13 +406,12 @@ def gather_gradients(
     dE = dC = dbias = None
     if need_E:
         by_token = coefficients[token_places]
-        dE = gather_rows(C, token_starts, token_columns, by_token, head_sum if smooth else None, mean_weights, E.dtype)
+        dE = gather_rows(C, token_starts, token_columns, by_token, head_sum, rank_one, E.dtype)
     if need_C:
-        mean_row = row_sum(E, mean_weights) if smooth else None
         one = torch.ones((), device=device)
-        dC = gather_rows(E, column_starts, tokens, coefficients, mean_row, one, head_dtype)
+        dC = gather_rows(E, column_starts, tokens, coefficients, row_sum(E, rank_one), one, head_dtype)
     if need_bias and bias is not None:
-        dbias = (segment_sum(column_starts, coefficients) - mean_weights.sum()).to(bias.dtype)
+        dbias = (segment_sum(column_starts, coefficients) - rank_one.sum()).to(bias.dtype)
     return dE, dC, dbias
 
 
@@ -428,11 +435,9 @@ def filtered_losses(
     z_target = target_logits(operands, targets)
     head_sum = SumBeside(operands.C)
     walked = walk(operands, targets, z_target, group_maxima=group_maxima)
-    if beta > 0:
-        head_sum.start()
+    head_sum.start()
     *entries, kept_mass, overflow = list_entries(operands, targets, z_target, walked.logsumexp, group_maxima, eps)
-    total = head_sum.wait() if beta > 0 else torch.zeros(E.shape[1], device=E.device)
-    return walked.losses, kept_mass, walked.logsumexp, *entries, overflow, total  # type: ignore[return-value]
+    return walked.losses, kept_mass, walked.logsumexp, *entries, overflow, head_sum.wait()  # type: ignore[return-value]
 
 
 @filtered_losses.register_fake
@@ -483,6 +488,7 @@ def filtered_gradients(
     C: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    kept_mass: Tensor,
     logsumexp: Tensor,
     keys: Tensor,
     probabilities: Tensor,
@@ -508,7 +514,7 @@ def filtered_gradients(
     needed = (need_E, need_C, need_bias)
     overflowed = _Answer(overflow)
     entries = (keys, probabilities, column_starts, token_columns, token_places, token_starts)
-    made = gather_gradients(operands, targets, logsumexp, weights, entries, head_sum, head_dtype, needed)
+    made = gather_gradients(operands, targets, kept_mass, logsumexp, weights, entries, head_sum, head_dtype, needed)
     if overflowed.wait():
         made = None, None, None  # free them first
         made = gradients(operands, targets, logsumexp, weights, head_dtype, needed, LEAN_BYTES)
@@ -532,7 +538,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.options = options[:-1]
     ctx.mark_non_differentiable(*rest)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(E, C, bias, targets, *rest[1:])
+    ctx.save_for_backward(E, C, bias, targets, *rest)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
