@@ -93,7 +93,7 @@ class BenchConfig(Settings):
     )
     filter_eps: tuple[float, ...] = setting(
         (DEFAULT_FILTER_EPS,),
-        "Softmax entries below this are replaced by their mean in calsmooth's filtered mode; several are timed side by side.",
+        "calsmooth's filtered mode replaces softmax entries below this by their mean; several are timed side by side.",
         shown_default="2^-12",
         above=0,
         below=1,

@@ -2,8 +2,8 @@
 
 For each chunk of tokens the logits are made (one product), turned in place into the gradient by the logits, and used
 up at once for both gradients (two products): three products in all, as many as with full logits, and never more than
-`CHUNK_BYTES` of logits. `mode="lean"` is this as well; `mode="filtered"` replaces what it must and saves nothing. Without
-a softcap the smoothing term is rank one and needs no logits at all:
+`CHUNK_BYTES` of logits. `mode="lean"` is this as well; `mode="filtered"` replaces what it must and saves nothing.
+Without a softcap the smoothing term is rank one and needs no logits at all:
 
     sum_v z_v = scale * (E_i . csum + sum bias),  csum = sum_v C_v
     dE_i -= g_i * scale * (beta / V) * csum
