@@ -284,5 +284,5 @@ def test_resume_on_an_empty_folder_starts_and_says_so(
     model_folder: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run(config(model_folder, dataset, tmp_path / "run", max_steps=1, resume=True))
-    assert f"{tmp_path / 'run'} holds no run yet; starting one." in capsys.readouterr().out
+    assert f"{tmp_path / 'run'} holds no run yet; starting one." in "".join(capsys.readouterr())
     assert result.summary["steps"] == 1
