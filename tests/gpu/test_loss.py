@@ -14,7 +14,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
     pytest.skip("needs a CUDA device of compute capability 8.0 or above", allow_module_level=True)
 pytest.importorskip("triton")
 
-from calsmooth.loss.kernels import configurations, filtered, lean, tiles
+from calsmooth.loss.kernels import configurations, lean, listing, tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -62,7 +62,7 @@ def test_right_and_the_same_twice(
         for key, configuration in configurations.TABLE.items():
             smaller = replace(configuration, block_v=128, descriptors=False)
             monkeypatch.setitem(configurations.TABLE, key, smaller)
-    monkeypatch.setattr(filtered, "ENTRIES_PER_TOKEN", 2**12)  # room for whatever random logits need
+    monkeypatch.setattr(listing, "ENTRIES_PER_TOKEN", 2**12)  # room for whatever random logits need
     if mode == "exact in chunks":
         monkeypatch.setattr(tiles, "BUFFER_BYTES", 2**22)
     E, C, y = make(700, 9003, 264)
@@ -105,7 +105,7 @@ def test_targets_far_below_the_top(buffer_bytes: int, monkeypatch: pytest.Monkey
 
 
 def test_a_list_that_overflows_makes_filtered_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filtered, "ENTRIES_PER_TOKEN", 1)
+    monkeypatch.setattr(listing, "ENTRIES_PER_TOKEN", 1)
     E, C, y = make(700, 5000, 256)
     _, wanted, incoming = exact_in_float64(E, C, y, dict(label_smoothing=0.1))
     loss = linear_cross_entropy(E, C, y, label_smoothing=0.1, mode="filtered")

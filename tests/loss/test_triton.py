@@ -25,7 +25,7 @@ from triton.runtime.errors import OutOfResources
 
 from calsmooth.loss import chunked, fused, linear_cross_entropy_reference, token_statistics, tuning
 from calsmooth.loss.functional import prepare
-from calsmooth.loss.kernels import configurations, exact, filtered, lean, tiles, whole
+from calsmooth.loss.kernels import configurations, exact, filtered, lean, listing, tiles, whole
 from calsmooth.loss.kernels.configurations import Configuration
 from calsmooth.loss.statistics import _fused as fused_statistics
 
@@ -202,7 +202,7 @@ def test_logits_that_fit_at_once(
 
 
 def test_a_list_that_overflows_makes_filtered_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filtered, "ENTRIES_PER_TOKEN", 0.01)
+    monkeypatch.setattr(listing, "ENTRIES_PER_TOKEN", 0.01)
     E, C, y = make(20, 70, 20)
     kept = torch.empty(20)
     by_kernels(E, C, y, mode="filtered", filter_eps=0.01, kept_mass=kept)

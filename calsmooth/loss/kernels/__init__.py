@@ -8,7 +8,8 @@ Design: one walk over the vocabulary serves everything (`walk`); what a mode add
     exact, capped    gradients in the forward, three products: without a softcap, and with one
     whole            the same where all logits fit into one buffer: fewer launches
     gradient, lean   gradients from known log-sum-exps, a strip of the vocabulary at a time
-    filtered         gradients from the entries that reach `filter_eps`
+    listing          the entries that reach `filter_eps`, sorted by column and by token
+    filtered         gradients from those and the others' mean
     rows, products   small steps over tokens and features; what cuBLAS does
 
 Semantics: every option of `linear_cross_entropy` in every mode. Modes differ in how gradients are made:
