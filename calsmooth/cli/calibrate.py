@@ -1,5 +1,6 @@
 """`calsmooth calibrate`: the recalibration, after an evaluation where there are no predictions yet."""
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ def calibrate(config: CalibrateCommand, output: Output) -> None:
     Takes an evaluation's predictions.jsonl or lm-evaluation-harness's samples, or evaluates --model on --task first.
     Writes calibration.json, reliability.png and report.html.
     """
+    _refuse_several_processes()
     folder: Path | None = None
     calibrate_config = _part(CalibrateConfig, config)
     model, revision = config.model, config.revision
@@ -119,6 +121,15 @@ def _interrupted(output: Path | None) -> Path:
     if not (folder / EVALUATION).is_dir() or (folder / "calibration.json").is_file():
         raise UsageError(f"--resume: {folder} holds no interrupted calibration; leave --resume out")
     return folder
+
+
+def _refuse_several_processes() -> None:
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if started > 1:
+        raise UsageError(
+            f"calibrate works in one process, {started} were started; share the evaluation "
+            "(torchrun ... -m calsmooth evaluate) and calibrate its predictions.jsonl without torchrun"
+        )
 
 
 def _refuse_evaluation_options(config: CalibrateCommand) -> None:

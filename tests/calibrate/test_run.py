@@ -291,3 +291,11 @@ def test_an_interrupted_calibration_goes_on(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert (output / "calibration.json").is_file()
     assert "name the folder" in str(CliRunner().invoke(app, ["calibrate", "--resume"]).exception)
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = CliRunner().invoke(app, ["calibrate", "-o", str(tmp_path / "o")])
+    assert done.exit_code == 2
+    assert "calibrate works in one process, 2 were started" in done.output
+    assert not (tmp_path / "o").exists()
