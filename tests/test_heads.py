@@ -39,8 +39,9 @@ def test_scale_and_softcap_are_measured(scale: float, softcap: float | None) -> 
 
     model = make(change)
     head = find_head(model)
-    assert head.scale == pytest.approx(scale, rel=1e-6)
-    assert head.softcap == (None if softcap is None else pytest.approx(softcap, rel=1e-6))
+    # Measured in float32.
+    assert head.scale == pytest.approx(scale, rel=5e-6)
+    assert head.softcap == (None if softcap is None else pytest.approx(softcap, rel=5e-6))
     ids = torch.arange(10)[None]
     with torch.no_grad():
         torch.testing.assert_close(head.logits(final_hidden_states(model, head, input_ids=ids)), model(ids).logits)

@@ -47,6 +47,12 @@ class Sharing:
     reason: str = ""
 
 
+def cache_argument(model: "PreTrainedModel") -> str | None:
+    """What the model's forward calls its key/value cache: `cache` since transformers 5.24, `past_key_values` before."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in accepted), None)
+
+
 def cache_sharing(model: "PreTrainedModel") -> Sharing:
     """Which reuse gives the same results as running everything in full.
 
@@ -56,7 +62,7 @@ def cache_sharing(model: "PreTrainedModel") -> Sharing:
     accepted = inspect.signature(model.forward).parameters
     config = model.config.get_text_config(decoder=True)
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    if "past_key_values" not in accepted or getattr(model, "_is_stateful", False):
+    if cache_argument(model) is None or getattr(model, "_is_stateful", False):
         return Sharing(False, False, "it keeps a running state instead of a key/value cache")
     if kinds <= {DynamicLayer}:
         return Sharing(True, True) if "position_ids" in accepted else Sharing(True, False, "it counts positions itself")
@@ -108,6 +114,7 @@ class Scorer:
         self.model = model
         self.readout = Readout(model)
         self.batches = Batches(model, batch_size)
+        self.cache_argument = cache_argument(model)
         self.sharing = cache_sharing(model) if reuse else Sharing(False, False, "reuse was switched off (--no-reuse)")
         self.tokens_run = 0
         """Tokens fed to the model so far, padding left out."""
@@ -196,14 +203,17 @@ class Scorer:
         padded = bool((lengths < width).any())
         length, positions = lengths.to(device), positions.to(device).expand(len(rows), width)
         inputs: dict[str, Any] = {"input_ids": tokens}
+        cache: DynamicCache | None = None
         if past is not None:
             parents = torch.tensor([row.parent for row in rows], device=device)
             mask = torch.cat([past.mask[parents], mask], dim=1)
             positions = positions + past.length[parents, None]
             length = length + past.length[parents]
-            inputs |= {"past_key_values": _cache_behind(past, parents, keep), "use_cache": True}
+            cache = _cache_behind(past, parents, keep)
         elif keep:
-            inputs |= {"past_key_values": DynamicCache(), "use_cache": True}
+            cache = DynamicCache()
+        if cache is not None and self.cache_argument is not None:
+            inputs |= {self.cache_argument: cache, "use_cache": True}
         if past is not None and past.padded:
             inputs |= {"attention_mask": mask, "position_ids": positions}
         else:
@@ -212,9 +222,10 @@ class Scorer:
             inputs["attention_mask"] = torch.ones_like(mask)
         found = self._read(rows, inputs)
         self.tokens_run += int(lengths.sum())
-        if not keep:
+        if not keep or cache is None:
             return found, None
-        layers = [(layer.keys, layer.values) for layer in inputs["past_key_values"].layers]
+        kept: list[Any] = cache.layers  # of keys and values, or `sharing` had not allowed it
+        layers = [(layer.keys, layer.values) for layer in kept]
         return found, _Past(layers, mask, length, padded or (past is not None and past.padded))
 
     def _read(self, rows: list[_Row], inputs: dict[str, Any]) -> list[_Found]:
