@@ -1,12 +1,12 @@
-"""Fine-tuning throughput and memory on one GPU: ours beside Trainer with eager cross-entropy, with Liger, TRL's default.
+"""Fine-tuning throughput and memory on one GPU: ours beside Trainer with eager loss, with Liger, and TRL's default.
 
     pip install 'calsmooth[bench]' && python training_throughput.py     # about five minutes on an H100
     python training_throughput.py --tiny                                # the same logic on a CPU, in seconds
 
 Randomly initialised models of public shapes; every method trains the same model through transformers' Trainer (bf16
 autocast over float32 weights, fused AdamW, gradients clipped at 1) on the same rows of random tokens, all of one
-length, of which a share are targets. Rounds are interleaved; the first steps of each are left out. The last norm is scaled so
-that the logits spread about as a trained model's do: what `filtered` keeps depends on it.
+length, of which a share are targets. Rounds are interleaved; the first steps of each are left out. The last norm is
+scaled so that the logits spread about as a trained model's do: what `filtered` keeps depends on it.
 """
 
 import argparse
