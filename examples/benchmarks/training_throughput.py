@@ -227,7 +227,8 @@ def train(model, kind, examples, batch, steps):
     """Seconds of each step, and the peak memory, of so many steps."""
     arguments = TrainingArguments(
         output_dir=str(Path(tempfile.gettempdir()) / "training_throughput"), per_device_train_batch_size=batch,
-        max_steps=steps, learning_rate=1e-6, warmup_steps=0, bf16=CUDA, use_cpu=not CUDA, optim="adamw_torch_fused" if CUDA else "adamw_torch",
+        max_steps=steps, learning_rate=1e-6, warmup_steps=0, bf16=CUDA, use_cpu=not CUDA,
+        optim="adamw_torch_fused" if CUDA else "adamw_torch",
         save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
         max_grad_norm=1.0, seed=0,
     )  # fmt: skip
