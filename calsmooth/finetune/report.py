@@ -93,7 +93,7 @@ def model_card(
 # {settings["model"]}, fine-tuned with label smoothing {settings["beta"]:g}
 
 Supervised fine-tuning of `{settings["model"]}` on {data} with
-[calsmooth](https://pypi.org/project/calsmooth): cross-entropy on the response tokens, label smoothing
+calsmooth: cross-entropy on the response tokens, label smoothing
 beta = {settings["beta"]:g}.
 
 | result | |
