@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = {"cpu": 2048, "mps": 4096, "cuda": 65536}
 """More gains no speed, on the processors and GPUs that we know."""
 
-BUSY_TOKENS = {"cpu": 128, "mps": 1024, "cuda": 4096}
+BUSY_TOKENS = {"mps": 1024, "cuda": 4096}
 """Fewer take hardly less time: the processor waits for its instructions."""
+
+CALL_TOKENS = {"cpu": 256}
+"""What going through the model once costs besides its tokens, as so many more: about what a model of under a million
+parameters was seen to take, and more than a large one does."""
 
 OPTIMIZER_BYTES = 8
 """AdamW's two float32 moments of one parameter, which don't exist yet while sizes are tried; others need less."""
@@ -55,8 +59,8 @@ def fastest(candidates: Sequence[int], tokens: Callable[[int], Sequence[int]], d
     Large micro-batches keep the processor busy, and hold more padding. tokens: those of each micro-batch of a size,
     padding included, over the same steps for every size.
     """
-    busy = BUSY_TOKENS.get(device_type, BUSY_TOKENS["cpu"])
-    best = min(candidates, key=lambda size: sum(max(count, busy) for count in tokens(size)))
+    busy, call = BUSY_TOKENS.get(device_type, 0), CALL_TOKENS.get(device_type, 0)
+    best = min(candidates, key=lambda size: sum(max(count, busy) + call for count in tokens(size)))
     return [size for size in candidates if size <= best]
 
 
