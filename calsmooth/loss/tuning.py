@@ -9,13 +9,13 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from calsmooth.loss import fused
-from calsmooth.loss.functional import linear_cross_entropy
+from calsmooth.loss.functional import linear_cross_entropy, prepare
 from calsmooth.loss.kernels import configurations
 from calsmooth.loss.kernels.configurations import Configuration
 
@@ -112,8 +112,6 @@ def file_content() -> list[dict[str, Any]]:
 
 def why_not(hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor) -> str | None:
     """What keeps the kernels from running this problem at all, in a few words."""
-    from calsmooth.loss.functional import prepare
-
     problem, _ = prepare(hidden_states, lm_head_weight, targets)
     return fused.why_not(problem)
 
@@ -127,10 +125,14 @@ def _loss(E: Tensor, C: Tensor, targets: Tensor) -> Callable[[], Tensor]:
 
 
 def _gradients(E: Tensor, C: Tensor, targets: Tensor) -> Callable[[], Tensor]:
+    from calsmooth.loss.kernels import whole
+
     E, C = E.detach().requires_grad_(), C.detach().requires_grad_()
+    # The exact mode's short path, for logits that fit into one buffer, stores no tiles: nothing there to choose.
+    mode: Literal["exact", "lean"] = "lean" if whole.fits(len(E), len(C)) else "exact"
 
     def run() -> Tensor:
-        loss = linear_cross_entropy(E, C, targets, label_smoothing=0.1)
+        loss = linear_cross_entropy(E, C, targets, label_smoothing=0.1, mode=mode)
         torch.autograd.grad(loss, [E, C])
         return loss.detach()
 

@@ -337,3 +337,15 @@ def test_a_search_keeps_the_fastest_that_agrees(monkeypatch: pytest.MonkeyPatch,
     with pytest.warns(UserWarning, match="--autotune"):
         assert configurations.choose(E, C, storing=False) == configurations.TABLE["interpreter", True, False]
     configurations.tuned.cache_clear()
+
+
+def test_a_search_times_kernels_that_have_tiles_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "why_not", lambda problem: None)
+    monkeypatch.setattr(tiles, "BUFFER_BYTES", 2**20)  # all logits fit
+    used = []
+    choose = configurations.choose
+    monkeypatch.setattr(tiles, "choose", lambda E, C, storing: used.append(storing) or choose(E, C, storing))
+    monkeypatch.setattr(whole, "losses_and_gradients", lambda *_: pytest.fail("takes no tiles"))
+    E, C, y = make(40, 90, 20)
+    tuning._gradients(E.detach(), C.detach(), y)()
+    assert True in used

@@ -294,7 +294,7 @@ def loss_and_gradients(
     """The loss, (N,) log-sum-exps, dE and dC (empty where not needed) for an incoming gradient of 1."""
     operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss), storing=True)
     weights = _weights(targets, mean)
-    if whole.fits(operands):
+    if whole.fits(len(E), len(C)):
         make = whole.losses_and_gradients
     else:
         make = losses_and_gradients if softcap is None else capped.losses_and_gradients

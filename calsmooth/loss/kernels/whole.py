@@ -25,8 +25,8 @@ from calsmooth.loss.kernels.tiles import LOG2E, Operands, to_logits
 from calsmooth.loss.kernels.walk import LOWEST
 
 
-def fits(operands: Operands) -> bool:
-    return len(operands.E) * len(operands.C) * 4 <= tiles.BUFFER_BYTES
+def fits(N: int, V: int) -> bool:
+    return N * V * 4 <= tiles.BUFFER_BYTES
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def losses_and_gradients(
     need_E: bool,
     need_C: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(N,) losses, (N,) log-sum-exps, dE and dC where needed. `fits(operands)` holds."""
+    """(N,) losses, (N,) log-sum-exps, dE and dC where needed. `fits(N, V)` holds."""
     E, C, bias, k = operands.E, operands.C, operands.bias, operands.semantics
     (N, D), V, device = E.shape, len(C), E.device
     mean_weight = k.mean_weight(V)
