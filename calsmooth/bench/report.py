@@ -115,14 +115,14 @@ def result_table(rows: list[Row]) -> Table:
     return table
 
 
-def markdown(rows: list[Row], *, heading: str, statistics: "Statistics") -> str:
+def markdown(rows: list[Row], statistics: "Statistics") -> str:
     """One problem as a Markdown table with the columns of the paper's Tables 2 and 3, fastest first."""
 
     def megabytes(value: int | None) -> str:
         return "-" if value is None else f"{value / 1e6:,.0f}"
 
     lines = [
-        f"### {heading}",
+        f"### {describe_problem(rows[0])}",
         "",
         describe_statistics(statistics),
         "",

@@ -16,7 +16,7 @@ from calsmooth.bench.config import BenchConfig
 from calsmooth.bench.inputs import Inputs, Statistics, describe, model_inputs, random_inputs
 from calsmooth.bench.measure import Measurement, matmul_rate, measure
 from calsmooth.bench.methods import line_up
-from calsmooth.bench.report import ROOFLINE, Row, csv_text, describe_problem, markdown, plot_rows
+from calsmooth.bench.report import ROOFLINE, Row, csv_text, markdown, plot_rows
 from calsmooth.bench.shapes import PAPER_TOKENS, PRESETS, Shape, default_preset
 from calsmooth.environment import environment
 from calsmooth.errors import CalsmoothError, UsageError
@@ -110,10 +110,7 @@ def run(config: BenchConfig, show: Callable[[Case], None]) -> Report:
 def _markdown(report: Report) -> str:
     versions = report.environment["versions"]
     packages = ", ".join(f"{name} {versions[name]}" for name in ("calsmooth", "torch", "triton") if name in versions)
-    tables = [
-        markdown(case.rows, heading=f"{describe_problem(case.rows[0])}", statistics=case.statistics)
-        for case in report.cases
-    ]
+    tables = [markdown(case.rows, case.statistics) for case in report.cases]
     return f"{report.environment['device']}; {packages}. Memory is the peak above the inputs.\n\n" + "\n".join(tables)
 
 
