@@ -123,23 +123,29 @@ def _plot_entropies(ax: "Axes", panels: list[Panel], colors: list) -> None:
                 arrowprops={"arrowstyle": "->", "color": color},
             )
     for beta, entropy in panels[0].smoothing.items():
-        ax.axvline(entropy, color="0.4", linewidth=0.9)
-        ax.annotate(
-            rf"$H^*$, $\beta$ = {beta:g}",
-            (entropy, 0.99),
-            xytext=(-3, 0),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="top",
-            fontsize=8,
-            color="0.4",
-        )
+        _marked_line(ax, entropy, rf"$H^*$, $\beta$ = {beta:g}", height=0.99, va="top")
     ax.plot([], [], "^", color="0.3", linestyle="", label="attained by a hidden state made for it")
     ax.plot([], [], linestyle=":", color="0.3", label=r"$\log |V|$")
     ax.set(xscale="log", xlim=(left, None), ylim=(0, 1.02), xlabel="entropy, nats", ylabel="share of predictions below")
     ax.legend(fontsize=8, frameon=False, loc="upper left")
     ax.set_title("entropies reached, and the floor", fontsize=10)
+
+
+def _marked_line(ax: "Axes", x: float, words: str, height: float, va: str) -> None:
+    """A vertical line with words along it; height: theirs, as a share of the axes."""
+    ax.axvline(x, color="0.4", linewidth=0.9)
+    ax.annotate(
+        words,
+        (x, height),
+        xycoords=("data", "axes fraction"),
+        xytext=(-3, 0),
+        textcoords="offset points",
+        rotation=90,
+        ha="right",
+        va=va,
+        fontsize=8,
+        color="0.4",
+    )
 
 
 def _power(log10: float) -> str:
@@ -155,19 +161,7 @@ def _plot_norms(ax: "Axes", panels: list[Panel], colors: list) -> None:
         ax.hlines(height, min(p.needed.values()), norms, color=color, linewidth=1, alpha=0.5)
         ax.plot(norms, height, "o", color=color, label=p.label)
     for beta, needed in panels[0].needed.items():
-        ax.axvline(needed, color="0.4", linewidth=0.9)
-        ax.annotate(
-            rf"needed for $\beta$ = {beta:g}",
-            (needed, 0.5),
-            xycoords=("data", "axes fraction"),
-            xytext=(-3, 0),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="center",
-            fontsize=8,
-            color="0.4",
-        )
+        _marked_line(ax, needed, rf"needed for $\beta$ = {beta:g}", height=0.5, va="center")
     ax.set_yticks(range(len(names)), names)
     ax.set(xscale="log", ylim=(-0.5, len(names) - 0.5), xlabel="longest logits, Euclidean norm")
     low, high = ax.get_xlim()
@@ -198,18 +192,7 @@ def _plot_reliability(ax: "Axes", panels: list[Panel], colors: list) -> None:
         )  # fmt: skip
     ax.plot([0, 1], [0, 1], color="0.25", linewidth=1.2, linestyle="--")
     for beta, confidence in panels[0].confidence.items():
-        ax.axvline(confidence, color="0.4", linewidth=0.9)
-        ax.annotate(
-            rf"smoothing's target, $\beta$ = {beta:g}",
-            (confidence, 0.02),
-            xytext=(-3, 0),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="bottom",
-            fontsize=8,
-            color="0.4",
-        )
+        _marked_line(ax, confidence, rf"smoothing's target, $\beta$ = {beta:g}", height=0.02, va="bottom")
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence in the next token", ylabel="accuracy")
     ax.legend(fontsize=8, frameon=False, loc="upper left", markerscale=0.6)
     ax.set_title("next-token calibration on the text (below the diagonal: over-confident)", fontsize=10)
