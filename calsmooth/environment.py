@@ -61,17 +61,37 @@ def free_memory(device: "str | Any") -> int:
     """
     import torch
 
+    available = available_memory(device)
+    if torch.device(device).type == "cuda":
+        return available or 0
+    return max(_UNKNOWN_MEMORY if available is None else available, 0) // processes_here()
+
+
+def available_memory(device: "str | Any") -> int | None:
+    """Bytes that can still be allocated on a GPU, else of the main memory; None where that can't be told."""
+    import torch
+
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     kibibytes = _first_number("/proc/meminfo", "MemAvailable:")
-    available = _UNKNOWN_MEMORY if kibibytes is None else kibibytes * 1024
-    # A container may be allowed less than there is.
+    found = [] if kibibytes is None else [kibibytes * 1024]
+    # A container (control groups, version 2) may be allowed less than there is.
     limit, used = _first_number("/sys/fs/cgroup/memory.max"), _first_number("/sys/fs/cgroup/memory.current")
     if limit is not None and used is not None:
-        available = min(available, limit - used)
-    return max(available, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        found.append(limit - used)
+    return min(found, default=None)
+
+
+def started_processes() -> int:
+    """How many processes a launcher (torchrun, accelerate) says that it started."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def processes_here() -> int:
+    """How many of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 _UNKNOWN_MEMORY = 4 * 2**30  # where there is no /proc

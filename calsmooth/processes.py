@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from calsmooth.environment import started_processes
 from calsmooth.errors import CalsmoothError
 from calsmooth.models import pick_device
 
@@ -108,11 +109,6 @@ class Processes:
 ALONE = Processes()
 
 
-def started() -> int:
-    """How many processes a launcher says that it started."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
 _joined: Processes | None = None
 
 
@@ -126,7 +122,7 @@ def joined(device_name: str | None = "cpu") -> Iterator[Processes]:
     if _joined is not None:
         yield _joined
         return
-    if started() == 1:
+    if started_processes() == 1:
         yield ALONE
         return
     if pick_device(device_name).type == "cuda":

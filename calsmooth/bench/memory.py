@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from calsmooth.environment import available_memory
+
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -40,31 +42,7 @@ class PeakMemory:
 
 def available(device: torch.device) -> int | None:
     """Bytes that can still be allocated on the device; None where that can't be told."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    limits = [_system_available(), _container_available()]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _system_available() -> int | None:
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found.group(1)) * 1024 if found else None
-
-
-def _container_available() -> int | None:
-    """What a container's own limit (control groups, version 2) leaves."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text().strip()
-    except OSError:
-        return None
-    return int(limit) - int(used) if limit.isdecimal() and used.isdecimal() else None
+    return available_memory(device) if device.type in ("cuda", "cpu") else None
 
 
 def _return_free_memory() -> None:

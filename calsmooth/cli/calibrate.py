@@ -1,6 +1,5 @@
 """`calsmooth calibrate`: the recalibration, after an evaluation where there are no predictions yet."""
 
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from calsmooth.cli.app import app
 from calsmooth.cli.evaluate import announce
 from calsmooth.cli.options import Output, settings_command
 from calsmooth.config import Settings, flag_name
+from calsmooth.environment import started_processes
 from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.evaluate.config import ChoicesConfig
 from calsmooth.files import check_run_folder, read_json, run_folder
@@ -124,10 +124,9 @@ def _interrupted(output: Path | None) -> Path:
 
 
 def _refuse_several_processes() -> None:
-    started = int(os.environ.get("WORLD_SIZE") or 1)
-    if started > 1:
+    if started_processes() > 1:
         raise UsageError(
-            f"calibrate works in one process, {started} were started; share the evaluation "
+            f"calibrate works in one process, {started_processes()} were started; share the evaluation "
             "(torchrun ... -m calsmooth evaluate) and calibrate its predictions.jsonl without torchrun"
         )
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from calsmooth.console import progress
+from calsmooth.environment import processes_here
 from calsmooth.evaluate.ledger import Ledger
 from calsmooth.processes import Processes
 
@@ -49,8 +50,7 @@ def parts(items: Sequence[T]) -> list[Sequence[T]]:
 
 def in_threads(function: Callable[[T], Any], items: Sequence[T]) -> list[Any]:
     """[function(item), ...] by as many threads as there are processors: for work that doesn't hold Python's lock."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = max(min((os.cpu_count() or 1) // local, MOST_THREADS), 1)
+    threads = max(min((os.cpu_count() or 1) // processes_here(), MOST_THREADS), 1)
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(function, items))
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from calsmooth import console
+from calsmooth.environment import started_processes
 from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.files import run_folder, write_json, write_text
 from calsmooth.finetune.config import FinetuneConfig
@@ -23,7 +24,6 @@ from calsmooth.finetune.resume import COMPLETED, as_started
 from calsmooth.finetune.stopping import StoppedError
 from calsmooth.models import model_label
 from calsmooth.plots import BLUE, GREEN, RED, new_figure, save_figure
-from calsmooth.processes import started
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,8 +92,10 @@ def run_sweep(grid: Grid, run_child: Callable[[FinetuneConfig], Row]) -> SweepRe
         CalsmoothError: every run failed.
         StoppedError: a run was asked to stop; the sweep goes on with --resume.
     """
-    if started() > 1:
-        raise UsageError(f"a sweep runs in one process, and {started()} were started; start its runs one by one")
+    if started_processes() > 1:
+        raise UsageError(
+            f"a sweep runs in one process, and {started_processes()} were started; start its runs one by one"
+        )
     first = grid[0][1]
     children(grid, Path())  # before anything is written
     folder = _folder(first)
