@@ -16,6 +16,7 @@ METHOD_NAMES = (
     "F.linear_cross_entropy",
     "cut-cross-entropy",
     "liger-kernel",
+    "trl",
     "quack-kernels",
     "fla-core",
     "paper",

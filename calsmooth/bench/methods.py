@@ -215,6 +215,25 @@ def _liger(beta: float, softcap: float | None) -> LossFunction:
     return lambda E, C, y: liger(E, C, y, label_smoothing=beta, softcap=softcap)
 
 
+def _trl(beta: float, softcap: float | None) -> LossFunction:
+    from trl.kernels import ChunkedLogProbFunction
+
+    # As its SFTTrainer calls it, but for the entropy and accuracy that it logs.
+    columns = 32_768  # at once
+
+    def loss(E: Tensor, C: Tensor, y: Tensor) -> Tensor:
+        logprobs, *_ = ChunkedLogProbFunction.apply(E, C, None, y, 1.0, columns, softcap, 1.0, ())
+        return -logprobs.mean()
+
+    return loss
+
+
+def _why_not_trl(inputs: Inputs) -> str | None:
+    parts = ("trl", "trl.kernels", "trl.kernels.chunked_logprob")  # in this order: a missing parent is an error
+    absent = any(importlib.util.find_spec(part) is None for part in parts)
+    return f"not installed, or older than 1.16 (pip install {_EXTRA})" if absent else None
+
+
 def _quack(beta: float, softcap: float | None) -> LossFunction:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy as quack
 
@@ -271,6 +290,7 @@ METHODS = (
         for mode, filter_eps in (("filtered", "auto"), ("unfiltered", None))
     ),
     Method("liger-kernel", "", True, partial(_why_not_peer, module="liger_kernel", install=_EXTRA), _liger),
+    Method("trl", "", False, _why_not_trl, _trl),
     Method(
         "quack-kernels",
         "",

@@ -244,6 +244,9 @@ class FinetuneConfig(Settings):
         minimum=1,
         panel=COMPUTE,
     )
+    compile: bool = setting(
+        False, "Compile the model's layers (torch.compile): up to a minute at first, faster steps after.", panel=COMPUTE
+    )
     gradient_checkpointing: bool = setting(False, "Compute activations twice to keep fewer of them.", panel=COMPUTE)
     loss_mode: str = setting(
         "exact",

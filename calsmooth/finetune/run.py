@@ -9,7 +9,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.files import check_run_folder, read_json, run_folder, write_json, write_text
 from calsmooth.finetune.arguments import check_installed, training_arguments
 from calsmooth.finetune.checkpoints import check_whole, checkpoints
+from calsmooth.finetune.compiled import compiled_layers
 from calsmooth.finetune.config import FinetuneConfig
 from calsmooth.finetune.fit import enable_gradient_checkpointing, largest_that_fits
 from calsmooth.finetune.head import fused_loss
@@ -205,6 +206,7 @@ def _train(
     with (
         metrics_recorder(folder / METRICS, done, plan.steps, writes=processes.first) as record,
         stop_requests() as stop,
+        _layers(config, model),
         fused_loss(model, config.beta, mode=config.loss_mode, temperature=config.logit_temperature),
         _random_state_kept(),
     ):
@@ -299,8 +301,12 @@ def _micro_batch(
     trained.train()
     dtype = pick_dtype(plan.config.dtype, device)
     collate = collator(plan.config.packing, model, int(tokenizer.pad_token_id))
-    with fused_loss(model, plan.config.beta, mode=plan.config.loss_mode):
+    with _layers(plan.config, model), fused_loss(model, plan.config.beta, mode=plan.config.loss_mode):
         return largest_that_fits(trained, plan.heaviest, collate, plan.micro_batches, dtype)
+
+
+def _layers(config: FinetuneConfig, model: "PreTrainedModel") -> AbstractContextManager[None]:
+    return compiled_layers(model) if config.compile else nullcontext()
 
 
 @contextmanager

@@ -1,16 +1,20 @@
-"""Fine-tuning throughput and memory on one GPU: ours beside Trainer with eager loss, with Liger, and TRL's default.
+"""Fine-tuning throughput and memory on one GPU: calsmooth beside Trainer with eager loss, with Liger, and TRL.
 
-    pip install 'calsmooth[bench]' && python training_throughput.py     # about five minutes on an H100
-    python training_throughput.py --tiny                                # the same logic on a CPU, in seconds
+    pip install 'calsmooth[bench]' && python training_throughput.py     # about eight minutes on an H100
+    python training_throughput.py --tiny                                # the same logic on a CPU, in a minute
 
-Randomly initialised models of public shapes; every method trains the same model through transformers' Trainer (bf16
-autocast over float32 weights, fused AdamW, gradients clipped at 1) on the same rows of random tokens, all of one
-length, of which a share are targets. Rounds are interleaved; the first steps of each are left out. The last norm is
-scaled so that the logits spread about as a trained model's do: what `filtered` keeps depends on it.
+Randomly initialised models of public shapes; every method trains the same model (bf16 autocast over float32 weights,
+fused AdamW, gradients clipped at 1) on the same rows of random tokens, all of one length, of which a share are targets.
+The peers run at beta = 0, calsmooth at 0.1. Rounds are interleaved; the first steps of each are left out. Then, for
+each method, the largest batch that it can hold. The last norm is scaled so that the logits spread about as a trained
+model's do: what `filtered` keeps depends on it.
 """
 
 import argparse
 import contextlib
+import gc
+import importlib.metadata
+import importlib.util
 import json
 import os
 import statistics
@@ -18,6 +22,9 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -26,12 +33,13 @@ warnings.filterwarnings("ignore")
 
 import torch
 import transformers
-from accelerate.utils import convert_outputs_to_fp32
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from calsmooth.data import Example
 from calsmooth.finetune.batches import Collator
+from calsmooth.finetune.compiled import compiled_layers
 from calsmooth.finetune.head import fused_loss
 from calsmooth.finetune.logits import fold_temperature
 from calsmooth.finetune.order import EpochOrder
@@ -43,6 +51,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 LOGIT_SPREAD = 3.5
 IGNORED = -100
+RESERVED = 2 * 2**30  # of a GPU's memory: CUDA's own, and what fragments take
+TINY_MEMORY = 5  # rows, where nothing runs out of memory
 
 SHAPES = {
     "Llama-3.2-1B": (
@@ -154,48 +164,47 @@ def liger(model, loss):
 
 
 @contextlib.contextmanager
-def checkpointing(model):
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    try:
+def ours(model, mode, layers=None):
+    """calsmooth's loss; layers: what runs the decoder's layers, if not their own code."""
+    with layers(model) if layers else contextlib.nullcontext(), fused_loss(model, 0.1, mode=mode):
         yield
-    finally:
-        model.gradient_checkpointing_disable()
 
 
 @contextlib.contextmanager
-def liger_layers_and_ours(model, mode):
-    with liger(model, loss=False), fused_loss(model, 0.1, mode=mode):
+def trl(model):
+    """TRL puts a head of its own into `forward`, and switches its gradient checkpointing on."""
+    try:
         yield
+    finally:
+        model.__dict__.pop("forward", None)
+        model.gradient_checkpointing_disable()
+
+
+def plain(model):
+    return contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Method:
+    plugged: Callable[..., contextlib.AbstractContextManager[None]]
+    trainer: str  # 'calsmooth', 'transformers' or 'trl'
+    checkpointing: bool = False
+    needs: str = ""  # a package
 
 
 METHODS = {
-    "calsmooth exact": (lambda m: fused_loss(m, 0.1, mode="exact"), "ours"),
-    "calsmooth filtered": (lambda m: fused_loss(m, 0.1, mode="filtered"), "ours"),
-    "Trainer, eager (beta 0)": (lambda m: contextlib.nullcontext(), "plain"),
-    "Trainer + Liger (beta 0)": (lambda m: liger(m, loss=True), "plain"),
-    "calsmooth exact + Liger's layers": (lambda m: liger_layers_and_ours(m, "exact"), "ours"),
-    "TRL-like default (checkpointing, beta 0)": (checkpointing, "trl"),
+    "Trainer (eager)": Method(plain, "transformers"),
+    "Trainer + Liger": Method(partial(liger, loss=True), "transformers", needs="liger_kernel"),
+    "TRL without checkpointing": Method(trl, "trl", needs="trl"),
+    "TRL": Method(trl, "trl", checkpointing=True, needs="trl"),
+    "calsmooth": Method(partial(ours, mode="exact"), "calsmooth"),
+    "calsmooth filtered": Method(partial(ours, mode="filtered"), "calsmooth"),
+    "calsmooth --compile": Method(partial(ours, mode="exact", layers=compiled_layers), "calsmooth"),
+    "calsmooth filtered --compile": Method(partial(ours, mode="filtered", layers=compiled_layers), "calsmooth"),
+    "calsmooth + Liger's layers": Method(
+        partial(ours, mode="exact", layers=partial(liger, loss=False)), "calsmooth", needs="liger_kernel"
+    ),
 }
-
-
-def token_metrics(logits, labels):
-    """What TRL logs of every step from the logits: mean entropy of the predictions, and token accuracy."""
-    with torch.no_grad():
-        logits, labels = logits[:, :-1], labels[:, 1:]
-        entropies = []
-        for row in logits:
-            logprobs = row.log_softmax(-1)
-            entropies.append(-(logprobs.exp() * logprobs).sum(-1))
-        wanted = labels != IGNORED
-        correct = ((logits.argmax(-1) == labels) & wanted).sum() / wanted.sum().clamp(min=1)
-        return torch.stack(entropies)[wanted].mean(), correct
-
-
-class TRLLike(Trainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self.seen = token_metrics(outputs.logits, inputs["labels"])
-        return (loss, outputs) if return_outputs else loss
 
 
 class Clock(TrainerCallback):
@@ -203,14 +212,139 @@ class Clock(TrainerCallback):
         self.seconds = []
 
     def on_step_begin(self, args, state, control, **_):
-        if CUDA:
-            torch.cuda.synchronize()
+        synchronize()
         self.began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):
-        if CUDA:
-            torch.cuda.synchronize()
+        synchronize()
         self.seconds.append(time.perf_counter() - self.began)
+
+
+def synchronize():
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def empty():
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
+def make_trainer(model, method, examples, batch, steps):
+    shared = {
+        "output_dir": str(Path(tempfile.gettempdir()) / "training_throughput"),
+        "per_device_train_batch_size": batch,
+        "max_steps": steps,
+        "learning_rate": 1e-6,
+        "warmup_steps": 0,
+        "bf16": CUDA,
+        "use_cpu": not CUDA,
+        "optim": "adamw_torch_fused" if CUDA else "adamw_torch",
+        "max_grad_norm": 1.0,
+        "seed": 0,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    if method.trainer == "calsmooth":
+        return SFTTrainer(
+            model, TrainingArguments(**shared), examples, None,
+            order=EpochOrder([ARGS.length] * len(examples), batch, 0), collate=Collator(0), loss_reduction="mean",
+            keep_last=1, record=lambda values: None, stop=StopRequest(), batch_size=batch,
+        )  # fmt: skip
+    if method.trainer == "trl":
+        from trl import SFTConfig
+        from trl import SFTTrainer as TRLTrainer
+
+        prepared = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        arguments = SFTConfig(**shared, **prepared, gradient_checkpointing=method.checkpointing)
+        return TRLTrainer(model, arguments, train_dataset=as_dataset(examples), processing_class=tokenizer())
+    return Trainer(model=model, args=TrainingArguments(**shared), train_dataset=examples, data_collator=Collator(0))
+
+
+def as_dataset(examples):
+    from datasets import Dataset
+
+    return Dataset.from_dict({"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]})
+
+
+def tokenizer():
+    """TRL wants one; the rows are tokens already."""
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
+
+
+def train(model, method, examples, batch, steps):
+    """Seconds of each step, and the peak memory, of so many steps, each of a whole batch."""
+    clock = Clock()
+    examples = [examples[i % len(examples)] for i in range(batch * steps)]
+    empty()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    elif batch > TINY_MEMORY:
+        raise torch.OutOfMemoryError
+    trainer = None
+    with method.plugged(model):
+        try:
+            trainer = make_trainer(model, method, examples, batch, steps)
+            trainer.remove_callback(PrinterCallback)
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(clock)
+            trainer.train()
+            return clock.seconds, torch.cuda.max_memory_allocated() if CUDA else batch
+        finally:
+            if trainer is not None:
+                tidy(trainer, model)
+                del trainer
+
+
+def tidy(trainer, model):
+    trainer.optimizer = trainer.lr_scheduler = None
+    # accelerate leaves its autocast around the model's forward,
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    # and a mark by which the next Trainer would leave the model as it is: without autocast.
+    model.__dict__.pop("_is_accelerate_prepared", None)
+    trainer.accelerator.free_memory()
+    model.zero_grad(set_to_none=True)
+
+
+def tried(model, method, examples, batch, steps=4):
+    """As `train`; None where memory runs out."""
+    try:
+        return train(model, method, examples, batch, steps)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        empty()
+
+
+def largest(model, method, examples, batch, peak):
+    """The largest batch that trains, its steps' seconds and its peak memory: memory grows by the row.
+
+    peak: at `batch` rows.
+    """
+    memory = torch.cuda.get_device_properties(0).total_memory - RESERVED if CUDA else TINY_MEMORY
+    other = batch * 2
+    found = tried(model, method, examples, other)
+    if found is None:
+        other = max(batch // 2, 1)
+        found = tried(model, method, examples, other)
+    if found is None or other == batch:
+        return batch, None, peak
+    row = (found[1] - peak) / (other - batch)
+    size = int(batch + (memory - peak) / row)
+    while size > max(batch, other):
+        bigger = tried(model, method, examples, size)
+        if bigger:
+            return size, *bigger
+        size -= max(1, size // 32)
+    return (other, *found) if other > batch else (batch, None, peak)
+
+
+# --- a shape ----------------------------------------------------------------------------------------------------------
 
 
 def rows(count, vocabulary):
@@ -221,99 +355,6 @@ def rows(count, vocabulary):
         masked = max(1, round(ARGS.length * (1 - ARGS.targets)))
         made.append(Example(ids, [IGNORED] * masked + ids[masked:]))
     return made
-
-
-def train(model, kind, examples, batch, steps):
-    """Seconds of each step, and the peak memory, of so many steps."""
-    arguments = TrainingArguments(
-        output_dir=str(Path(tempfile.gettempdir()) / "training_throughput"), per_device_train_batch_size=batch,
-        max_steps=steps, learning_rate=1e-6, warmup_steps=0, bf16=CUDA, use_cpu=not CUDA,
-        optim="adamw_torch_fused" if CUDA else "adamw_torch",
-        save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
-        max_grad_norm=1.0, seed=0,
-    )  # fmt: skip
-    clock = Clock()
-    if kind == "ours":
-        tokenizer = type("Tokenizer", (), {"pad_token_id": 0})()
-        trainer = SFTTrainer(
-            model, arguments, examples, None, order=EpochOrder([ARGS.length] * len(examples), batch, 0),
-            collate=Collator(tokenizer.pad_token_id), loss_reduction="mean", keep_last=1, record=lambda values: None,
-            stop=StopRequest(), batch_size=batch,
-        )  # fmt: skip
-    else:
-        trainer = (TRLLike if kind == "trl" else Trainer)(
-            model=model, args=arguments, train_dataset=examples, data_collator=Collator(0)
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(clock)
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        trainer.train()
-    finally:
-        trainer.optimizer = trainer.lr_scheduler = None
-        # accelerate leaves its autocast around the model's forward.
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        # And a mark by which the next one would leave the model as it is: without autocast.
-        model.__dict__.pop("_is_accelerate_prepared", None)
-        trainer.accelerator.free_memory()
-        model.zero_grad(set_to_none=True)
-        del trainer
-        empty()
-    return clock.seconds, torch.cuda.max_memory_allocated() if CUDA else 0
-
-
-def empty():
-    import gc
-
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
-
-
-def fits(*arguments):
-    answer = holds(*arguments)
-    empty()  # what a failed attempt's traceback held
-    return answer
-
-
-def holds(model, kind, examples, batch):
-    """Does a forward and backward of so many rows fit beside the optimizer's state?"""
-    inputs = {name: t.to(DEVICE) for name, t in Collator(0)(examples[:batch]).items()}
-    reserved = loss = None
-    model.train()
-    try:
-        reserved = torch.empty(8 * sum(p.numel() for p in model.parameters()), dtype=torch.uint8, device=DEVICE)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
-            outputs = convert_outputs_to_fp32(model.forward)(**inputs)  # as accelerate does
-            loss = outputs["loss"]
-        if kind == "trl":
-            token_metrics(outputs.logits, inputs["labels"])
-        loss.backward()
-        if CUDA:
-            torch.cuda.synchronize()
-        return batch <= ARGS.most
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        del reserved, loss
-        outputs = None
-        model.zero_grad(set_to_none=True)
-        empty()
-
-
-def largest(model, kind, examples, batch):
-    """By doubling, then halfway: the largest of batch * {1, 2, 3, 4, 6, 8, 12, ...} that holds."""
-    best, size = 0, batch
-    while size <= len(examples) and left() > 20 and fits(model, kind, examples, size):
-        best, size = size, size * 2
-    if best > 1 and best < size <= len(examples) and left() > 20 and fits(model, kind, examples, best * 3 // 2):
-        best = best * 3 // 2
-    return best
-
-
-# --- a shape ----------------------------------------------------------------------------------------------------------
 
 
 def make(config):
@@ -329,37 +370,28 @@ def make(config):
     return model
 
 
-def attempt(label, results, what):
-    try:
-        return what()
-    except torch.OutOfMemoryError:
-        results.setdefault(label, {})["note"] = "out of memory"
-    except Exception as error:  # a peer that doesn't fit this version of transformers must not end the others
-        results.setdefault(label, {})["note"] = f"{type(error).__name__}: {str(error)[:200]}"
-    empty()
-    return None
-
-
 def measure(name, config, batch):
+    """Each method's results, by its name, on one model."""
     say(name)
     model = make(config)
-    targets = int(sum(e.target_tokens for e in rows(1, 100)))
-    examples = rows(max(batch * 32, 64) if CUDA else 16, model.config.vocab_size)
-    results = {label: {} for label in METHODS}
-    seconds = {label: [] for label in METHODS}
+    examples = rows(64, model.config.vocab_size)
+    targets = examples[0].target_tokens
+    results = {label: {} for label in CHOSEN}
+    seconds = {label: [] for label in CHOSEN}
     for turn in range(ARGS.rounds):
-        for label, (plugged, kind) in METHODS.items():
+        for label, method in CHOSEN.items():
             if "note" in results[label] or left() < 15:
                 continue
-
-            def once(plugged=plugged, kind=kind):
-                with plugged(model):
-                    return train(model, kind, examples, batch, ARGS.steps)
-
-            found = attempt(label, results, once)
-            if found:
-                seconds[label] += found[0][ARGS.warm :]
-                results[label]["peak_bytes"] = max(found[1], results[label].get("peak_bytes", 0))
+            try:
+                found = tried(model, method, examples, batch, ARGS.steps)
+            except Exception as error:  # a peer that doesn't fit this version of transformers must not end the others
+                results[label]["note"] = f"{type(error).__name__}: {str(error)[:200]}"
+                continue
+            if found is None:
+                results[label]["note"] = "out of memory"
+                continue
+            seconds[label] += found[0][ARGS.warm :]
+            results[label]["peak_bytes"] = max(found[1], results[label].get("peak_bytes", 0))
         say(name, "round", turn + 1, {k: round(statistics.median(v) * 1e3) for k, v in seconds.items() if v})
     for label, times in seconds.items():
         if times:
@@ -367,47 +399,23 @@ def measure(name, config, batch):
                 "batch": batch, "median_ms": 1e3 * statistics.median(times), "fastest_ms": 1e3 * min(times),
                 "steps": len(times), "target_tokens_per_s": batch * targets / statistics.median(times),
             }  # fmt: skip
-    return model, examples, targets, results
-
-
-def measure_largest(name, model, examples, targets, results, batch):
-    for label, (plugged, kind) in METHODS.items():
-        if "note" in results[label] or left() < 25:
-            continue
-
-        def search(plugged=plugged, kind=kind):
-            with plugged(model):
-                return largest(model, kind, examples, batch)
-
-        best = attempt(label, results, search)
-        if not best:
-            continue
-        results[label]["largest_batch"] = best
-
-        def once(plugged=plugged, kind=kind, best=best):
-            with plugged(model):
-                return train(model, kind, examples, best, 4)
-
-        found = attempt(label, results, once)
-        if found is None:  # the Trainer holds a little more than the trial did
-            best = results[label]["largest_batch"] = max(1, best * 3 // 4)
-            results[label].pop("note", None)
-            found = attempt(label, results, lambda once=once, best=best: once(best=best))
-        if found:
-            median = statistics.median(found[0][2:])
-            results[label]["largest_target_tokens_per_s"] = best * targets / median
-        say(name, label, "holds", best)
+    if not ARGS.no_largest:
+        for label, method in CHOSEN.items():
+            if "median_ms" in results[label] and left() > 30:
+                size, times, peak = largest(model, method, examples, batch, results[label]["peak_bytes"])
+                results[label] |= {"largest_batch": size, "largest_peak_bytes": peak}
+                median = statistics.median(times[2:]) if times else results[label]["median_ms"] / 1e3
+                results[label]["largest_target_tokens_per_s"] = size * targets / median
+                say(name, label, "holds", size, f"{size * targets / median:,.0f} target tokens/s")
+    return results
 
 
 def table(all_results):
     for name, results in all_results.items():
-        eager = results["Trainer, eager (beta 0)"]
+        eager = results.get("Trainer (eager)", {})
+        print(f"\n{name}: rows of {ARGS.length} tokens, {ARGS.targets:.0%} of them targets")
         print(
-            f"\n{name}: rows of {ARGS.length} tokens, {ARGS.targets:.0%} of them targets; "
-            "bf16 over float32 weights, AdamW"
-        )
-        print(
-            f"{'method':42}{'batch':>6}{'ms/step':>9}{'tgt tok/s':>11}{'x eager':>9}{'peak GB':>9}"
+            f"{'method':30}{'batch':>6}{'ms/step':>9}{'tgt tok/s':>11}{'x eager':>9}{'peak GB':>9}"
             f"{'largest':>9}{'tgt tok/s':>11}{'x eager':>9}"
         )
         for label, r in results.items():
@@ -419,12 +427,31 @@ def table(all_results):
                 return f"{r[key] / eager[key]:.2f}" if key in r and key in eager else ""
 
             print(
-                f"{label:42}{r.get('batch', ''):>6}"
+                f"{label:30}{r.get('batch', ''):>6}"
                 f"{number('median_ms', '.1f'):>9}{number('target_tokens_per_s', ',.0f'):>11}"
                 f"{ratio('target_tokens_per_s'):>9}{number('peak_bytes', '.1f', 1e9):>9}"
                 f"{r.get('largest_batch', ''):>9}{number('largest_target_tokens_per_s', ',.0f'):>11}"
                 f"{ratio('largest_target_tokens_per_s'):>9}  {r.get('note', '')}"
             )
+
+
+def save(everything):
+    peers = ("transformers", "liger-kernel", "trl", "accelerate", "triton")
+    content = {
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name() if CUDA else "cpu",
+        "versions": {"torch": torch.__version__} | {name: version(name) for name in peers},
+        "length": ARGS.length, "targets": ARGS.targets, "rounds": ARGS.rounds, "results": everything,
+    }  # fmt: skip
+    ARGS.output.parent.mkdir(parents=True, exist_ok=True)
+    ARGS.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def main():
@@ -434,39 +461,33 @@ def main():
         if left() < 30:
             say("no time left for", name)
             continue
-        model, examples, targets, results = measure(name, config, batch)
-        everything[name] = results
-        if not ARGS.no_largest:
-            measure_largest(name, model, examples, targets, results, batch)
-        del model
+        everything[name] = measure(name, config, batch)
         empty()
         save(everything)
     table(everything)
-
-
-def save(everything):
-    device = torch.cuda.get_device_name() if CUDA else "cpu"
-    content = {
-        "device": device, "torch": torch.__version__, "transformers": transformers.__version__,
-        "length": ARGS.length, "targets": ARGS.targets, "rounds": ARGS.rounds, "results": everything,
-    }  # fmt: skip
-    ARGS.output.parent.mkdir(parents=True, exist_ok=True)
-    ARGS.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--only", default="", help="names of shapes, with commas")
+    parser.add_argument("--method", default="", help="names of methods, with commas")
     parser.add_argument("--no-largest", action="store_true")
     parser.add_argument("--length", type=int, default=0)
     parser.add_argument("--targets", type=float, default=0.6, help="share of a row's tokens that are targets")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=9)
-    parser.add_argument("--warm", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=285.0, help="no new work begins after so many")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warm", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=600.0, help="no new work begins after so many")
     parser.add_argument("--output", type=Path, default=Path("training_throughput.json"))
     ARGS = parser.parse_args()
     ARGS.length = ARGS.length or (32 if ARGS.tiny else 1024)
-    ARGS.most = 4 if ARGS.tiny else 10**9  # where nothing runs out of memory
+    names = ARGS.method.split(",") if ARGS.method else list(METHODS)
+    if unknown := set(names) - set(METHODS):
+        parser.error(f"--method: {', '.join(sorted(unknown))}: expected some of {', '.join(METHODS)}")
+    CHOSEN = {
+        label: method
+        for label, method in METHODS.items()
+        if label in names and (not method.needs or importlib.util.find_spec(method.needs))
+    }
     main()

@@ -1,5 +1,6 @@
 """Timing, memory and errors: of methods whose time, memory and error are known."""
 
+import importlib.util
 import time
 
 import pytest
@@ -234,6 +235,7 @@ def test_absent_methods_say_why(inputs):
     here = {c.method.name for c in contestants}
     assert {"calsmooth", "eager", "chunked"} <= here
     assert {"liger-kernel", "quack-kernels", "fla-core"} <= set(absent)
+    assert ("trl" in absent) == (importlib.util.find_spec("trl") is None)
     assert all("not installed" in absent[name] or "GPU" in absent[name] for name in ("liger-kernel", "fla-core"))
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from calsmooth.data import Example, load_examples
-from calsmooth.errors import UsageError
+from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.finetune import arguments as arguments_module
 from calsmooth.finetune.batches import Collator
+from calsmooth.finetune.compiled import compiled_layers
 from calsmooth.finetune.config import FinetuneConfig
 from calsmooth.finetune.evaluation import choose_held_out, measure
 from calsmooth.finetune.head import fused_loss
@@ -363,3 +365,40 @@ def test_schedules_end_where_they_should(model_folder: Path, dataset: Path, tmp_
     cosine = rates(scheduler="cosine", min_lr=0.25, optimizer="adafactor")
     assert min(cosine[1:]) >= 0.25
     assert len(rates(max_steps=2, optimizer="sgd")) == 2
+
+
+# --- compiled layers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
+def test_compiled_layers_train_the_same_model(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": 2, "dropout": 0.0}
+    plain = run(config(model_folder, dataset, tmp_path / "plain", **settings))
+    compiled = torch._dynamo.utils.counters["stats"]
+    before = compiled["unique_graphs"]
+    found = run(config(model_folder, dataset, tmp_path / "compiled", compile=True, **settings))
+    assert compiled["unique_graphs"] > before
+    for line, other in zip(lines(plain.folder), lines(found.folder), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    weights = load_file(found.model / "model.safetensors")
+    for name, tensor in load_file(plain.model / "model.safetensors").items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_do_not_compile_end_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("Llama")
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    expected = r"could not compile the layers of LlamaForCausalLM.*leave --compile out"
+    with pytest.raises(CalsmoothError, match=expected), compiled_layers(model), fused_loss(model, 0.1):
+        model(**some_batch())
+    assert all(module._compiled_call_impl is None for module in model.modules())
+    with fused_loss(model, 0.1):
+        model(**some_batch())
+
+
+def test_a_model_without_layers_is_not_compiled() -> None:
+    model = make("Llama")
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(UsageError, match="--compile: LlamaForCausalLM has no layers"), compiled_layers(model):
+        pass
