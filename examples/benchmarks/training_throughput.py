@@ -40,6 +40,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from calsmooth.data import Example
 from calsmooth.finetune.batches import Collator
 from calsmooth.finetune.compiled import compiled_layers
+from calsmooth.finetune.fit import enable_gradient_checkpointing
 from calsmooth.finetune.head import fused_loss
 from calsmooth.finetune.logits import fold_temperature
 from calsmooth.finetune.order import EpochOrder
@@ -164,10 +165,15 @@ def liger(model, loss):
 
 
 @contextlib.contextmanager
-def ours(model, mode, layers=None):
+def ours(model, mode="exact", layers=None, checkpointing=False):
     """calsmooth's loss; layers: what runs the decoder's layers, if not their own code."""
-    with layers(model) if layers else contextlib.nullcontext(), fused_loss(model, 0.1, mode=mode):
-        yield
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    try:
+        with layers(model) if layers else contextlib.nullcontext(), fused_loss(model, 0.1, mode=mode):
+            yield
+    finally:
+        model.gradient_checkpointing_disable()
 
 
 @contextlib.contextmanager
@@ -197,12 +203,14 @@ METHODS = {
     "Trainer + Liger": Method(partial(liger, loss=True), "transformers", needs="liger_kernel"),
     "TRL without checkpointing": Method(trl, "trl", needs="trl"),
     "TRL": Method(trl, "trl", checkpointing=True, needs="trl"),
-    "calsmooth": Method(partial(ours, mode="exact"), "calsmooth"),
+    "calsmooth": Method(ours, "calsmooth"),
     "calsmooth filtered": Method(partial(ours, mode="filtered"), "calsmooth"),
-    "calsmooth --compile": Method(partial(ours, mode="exact", layers=compiled_layers), "calsmooth"),
-    "calsmooth filtered --compile": Method(partial(ours, mode="filtered", layers=compiled_layers), "calsmooth"),
+    "calsmooth --compile": Method(partial(ours, layers=compiled_layers), "calsmooth"),
+    "calsmooth --compile + checkpointing": Method(
+        partial(ours, layers=compiled_layers, checkpointing=True), "calsmooth", checkpointing=True
+    ),
     "calsmooth + Liger's layers": Method(
-        partial(ours, mode="exact", layers=partial(liger, loss=False)), "calsmooth", needs="liger_kernel"
+        partial(ours, layers=partial(liger, loss=False)), "calsmooth", needs="liger_kernel"
     ),
 }
 
@@ -322,7 +330,7 @@ def tried(model, method, examples, batch, steps=4):
 
 
 def largest(model, method, examples, batch, peak):
-    """The largest batch that trains, its steps' seconds and its peak memory: memory grows by the row.
+    """The largest batch that trains (up to --most), its steps' seconds and its peak memory: memory grows by the row.
 
     peak: at `batch` rows.
     """
@@ -335,7 +343,7 @@ def largest(model, method, examples, batch, peak):
     if found is None or other == batch:
         return batch, None, peak
     row = (found[1] - peak) / (other - batch)
-    size = int(batch + (memory - peak) / row)
+    size = min(int(batch + (memory - peak) / row), ARGS.most)
     while size > max(batch, other):
         bigger = tried(model, method, examples, size)
         if bigger:
@@ -415,7 +423,7 @@ def table(all_results):
         eager = results.get("Trainer (eager)", {})
         print(f"\n{name}: rows of {ARGS.length} tokens, {ARGS.targets:.0%} of them targets")
         print(
-            f"{'method':30}{'batch':>6}{'ms/step':>9}{'tgt tok/s':>11}{'x eager':>9}{'peak GB':>9}"
+            f"{'method':36}{'batch':>6}{'ms/step':>9}{'tgt tok/s':>11}{'x eager':>9}{'peak GB':>9}"
             f"{'largest':>9}{'tgt tok/s':>11}{'x eager':>9}"
         )
         for label, r in results.items():
@@ -427,7 +435,7 @@ def table(all_results):
                 return f"{r[key] / eager[key]:.2f}" if key in r and key in eager else ""
 
             print(
-                f"{label:30}{r.get('batch', ''):>6}"
+                f"{label:36}{r.get('batch', ''):>6}"
                 f"{number('median_ms', '.1f'):>9}{number('target_tokens_per_s', ',.0f'):>11}"
                 f"{ratio('target_tokens_per_s'):>9}{number('peak_bytes', '.1f', 1e9):>9}"
                 f"{r.get('largest_batch', ''):>9}{number('largest_target_tokens_per_s', ',.0f'):>11}"
@@ -473,6 +481,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", help="names of shapes, with commas")
     parser.add_argument("--method", default="", help="names of methods, with commas")
     parser.add_argument("--no-largest", action="store_true")
+    parser.add_argument("--most", type=int, default=128, help="rows of the largest batch that is tried")
     parser.add_argument("--length", type=int, default=0)
     parser.add_argument("--targets", type=float, default=0.6, help="share of a row's tokens that are targets")
     parser.add_argument("--rounds", type=int, default=2)
