@@ -75,19 +75,22 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = make_batches(options, device)
+    options.output.mkdir(parents=True, exist_ok=True)
     curves = {}
     for name in options.runs.split(","):
         begin = time.perf_counter()
         curves[name] = train(RUNS[name], batches, options, device)
         print(f"{name}: last loss {curves[name]['loss'][-1]:.6f} in {time.perf_counter() - begin:.0f} s", flush=True)
+        write(curves, options, device)  # whatever a time limit does to the next one
 
+
+def write(curves: dict[str, dict[str, list[float]]], options: argparse.Namespace, device: torch.device) -> None:
     deviations = {name: deviation(curve, curves["reference"]) for name, curve in curves.items() if name != "reference"}
-    for name, largest in deviations.items():
+    for name, largest in list(deviations.items())[-1:]:
         print(f"{name}: largest deviation of the loss {largest['loss']:.1e}, of the norm {largest['grad_norm']:.1e}")
-    options.output.mkdir(parents=True, exist_ok=True)
     result = {
         "environment": environment(device),
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "options": {key: str(value) for key, value in vars(options).items()},
         "largest_relative_deviation": deviations,
         "curves": curves,
     }

@@ -446,13 +446,22 @@ def table(all_results):
 def save(everything):
     peers = ("transformers", "liger-kernel", "trl", "accelerate", "triton")
     content = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": COMMAND,
         "device": torch.cuda.get_device_name() if CUDA else "cpu",
         "versions": {"torch": torch.__version__} | {name: version(name) for name in peers},
         "length": ARGS.length, "targets": ARGS.targets, "rounds": ARGS.rounds, "results": everything,
     }  # fmt: skip
     ARGS.output.parent.mkdir(parents=True, exist_ok=True)
     ARGS.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def command_line(parser):
+    """The options that aren't the defaults; where the results went is nobody's business."""
+    given = {
+        name: value for name, value in vars(ARGS).items() if value != parser.get_default(name) and name != "output"
+    }
+    flags = (f"--{name.replace('_', '-')}" + ("" if value is True else f" {value!r}") for name, value in given.items())
+    return " ".join(["python training_throughput.py", *flags])
 
 
 def version(name):
@@ -482,7 +491,7 @@ if __name__ == "__main__":
     parser.add_argument("--method", default="", help="names of methods, with commas")
     parser.add_argument("--no-largest", action="store_true")
     parser.add_argument("--most", type=int, default=128, help="rows of the largest batch that is tried")
-    parser.add_argument("--length", type=int, default=0)
+    parser.add_argument("--length", type=int, help="tokens of a row (default: 1024; --tiny: 32)")
     parser.add_argument("--targets", type=float, default=0.6, help="share of a row's tokens that are targets")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
@@ -490,6 +499,7 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=600.0, help="no new work begins after so many")
     parser.add_argument("--output", type=Path, default=Path("training_throughput.json"))
     ARGS = parser.parse_args()
+    COMMAND = command_line(parser)
     ARGS.length = ARGS.length or (32 if ARGS.tiny else 1024)
     names = ARGS.method.split(",") if ARGS.method else list(METHODS)
     if unknown := set(names) - set(METHODS):
