@@ -106,8 +106,8 @@ def _run(
     model, trained, found = _models(plan, tokenizer, torch.device("cpu") if sharded else device)
     plan = plan.with_micro_batch(min(processes.shared(_micro_batch(plan, model, trained, tokenizer, device))))
     given = on_start(plan, found)
-    folder, checkpoint = processes.by_first(lambda: _start(plan, begun, device, given))
-    summary, weights = _train(plan, model, trained, tokenizer, folder, checkpoint, device, processes)
+    folder, checkpoint, done = processes.by_first(lambda: _start(plan, begun, device, given))
+    summary, weights = _train(plan, model, trained, tokenizer, folder, checkpoint, done, device, processes)
     summary["probe"] = vars(found)
     if processes.first:
         if weights is not None:
@@ -133,8 +133,10 @@ def _begin(config: FinetuneConfig) -> tuple[FinetuneConfig, Path | None]:
     return config, folder
 
 
-def _start(plan: Plan, folder: Path | None, device: torch.device, given: Iterable[Path]) -> tuple[Path, Path | None]:
-    """The run's folder, made where it is new, and the checkpoint to go on from. given: is moved into it."""
+def _start(
+    plan: Plan, folder: Path | None, device: torch.device, given: Iterable[Path]
+) -> tuple[Path, Path | None, int]:
+    """The run's folder, made where it is new; the checkpoint to go on from, and its step. given: is moved into it."""
     if folder is None:
         folder = run_folder(plan.config.output, plan.config.default_name())
         write_text(folder / "config.yaml", dataclasses.replace(plan.config, output=folder, resume=False).to_yaml())
@@ -148,7 +150,7 @@ def _start(plan: Plan, folder: Path | None, device: torch.device, given: Iterabl
     checkpoint = next(reversed(checkpoints(folder / "checkpoints")), None)
     done = check_whole(checkpoint) if checkpoint else 0
     keep_metrics_until(folder / METRICS, done if checkpoint else -1)
-    return folder, checkpoint
+    return folder, checkpoint, done
 
 
 def _model(config: FinetuneConfig, device: torch.device) -> "PreTrainedModel":
@@ -192,12 +194,15 @@ def _train(
     tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
     checkpoint: Path | None,
+    done: int,
     device: torch.device,
     processes: Processes,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
-    """The summary, and all weights where processes hold shards of them. trained: the model, or adapters around it."""
+    """The summary, and all weights where processes hold shards of them.
+
+    trained: the model, or adapters around it. done: the step that the checkpoint was made at, 0 without one.
+    """
     config = plan.config
-    done = check_whole(checkpoint) if checkpoint else 0
     some_unused = False
     if processes.count > 1 and config.parallel not in SHARDED:
         batch = probe_batch(plan.examples.examples, tokenizer, device)
