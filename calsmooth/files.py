@@ -1,4 +1,4 @@
-"""Files written whole or not at all, run folders, and JSON Lines read with the line named when it is bad."""
+"""Where files are kept, how they are written (whole or not at all) and read; run folders."""
 
 import contextlib
 import json
@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from calsmooth.errors import CalsmoothError, UsageError
+
+
+def cache_folder() -> Path:
+    """Where calsmooth keeps what outlives a run: $CALSMOOTH_CACHE, else calsmooth/ in $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("CALSMOOTH_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "calsmooth"
 
 
 def write_bytes(path: Path, content: bytes) -> Path:

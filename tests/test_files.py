@@ -85,3 +85,14 @@ def test_a_named_folder_with_files_is_refused(tmp_path: Path) -> None:
         files.run_folder(tmp_path, "x")
     with pytest.raises(UsageError, match="holds files already"):
         files.run_folder(tmp_path / "a", "x")
+
+
+def test_one_variable_says_where_things_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CALSMOOTH_CACHE", str(tmp_path / "mine"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert files.cache_folder() == tmp_path / "mine"
+    monkeypatch.delenv("CALSMOOTH_CACHE")
+    assert files.cache_folder() == tmp_path / "xdg" / "calsmooth"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.cache_folder() == tmp_path / ".cache" / "calsmooth"

@@ -102,7 +102,8 @@ class BenchConfig(Settings):
     )
     autotune: bool = setting(
         False,
-        "Search the block sizes of calsmooth's GPU kernels first, and keep them for every later run on this GPU.",
+        "First search the block sizes of calsmooth's GPU kernels that are fastest over all problems given, and keep "
+        "them for every later run on this GPU.",
         panel=_METHODS,
     )
     repeats: int | None = setting(

@@ -11,7 +11,7 @@ import torch
 
 from calsmooth import console
 from calsmooth.bench import memory
-from calsmooth.bench.autotune import autotune
+from calsmooth.bench.autotune import autotune, check
 from calsmooth.bench.config import BenchConfig
 from calsmooth.bench.inputs import Inputs, Statistics, describe, model_inputs, random_inputs
 from calsmooth.bench.measure import Measurement, matmul_rate, measure
@@ -45,13 +45,13 @@ class Case:
     statistics: Statistics
     absent: dict[str, str]  # method -> why it didn't take part
     rows: list[Row]
-    tuned: dict[str, Any] | None  # what --autotune found
 
 
 @dataclass(frozen=True)
 class Report:
     environment: dict[str, Any]
     matmul_tflops: float
+    tuned: dict[str, Any] | None  # what --autotune found
     cases: list[Case]
     folder: Path
 
@@ -64,6 +64,7 @@ class Report:
         cases = [{key: value for key, value in asdict(case).items() if key != "rows"} for case in self.cases]
         return {
             "environment": {**self.environment, "matmul_tflops": self.matmul_tflops},
+            "tuned": self.tuned,
             "cases": cases,
             "rows": [asdict(row) for row in self.rows],
         }
@@ -85,12 +86,19 @@ def run(config: BenchConfig, show: Callable[[Case], None]) -> Report:
     repeats = config.repeats or (3 if device.type == "cpu" else 20)
     seconds = CPU_SECONDS if device.type == "cpu" and config.repeats is None else math.inf
     shapes = resolve_shapes(config, device.type)
+    if config.autotune:
+        check(_placeholder(device, dtype))
     rate = matmul_rate(device, dtype)
     tokens = config.tokens or (pick_tokens(config, shapes, device, dtype, rate, repeats),)
     folder = run_folder(config.output, "bench")
 
+    tuned = None
+    if config.autotune:
+        # Before anything is measured, so that all is measured with what later runs use.
+        problems = (_inputs(config, shape, n, device, dtype) for shape in shapes for n in tokens)
+        tuned = autotune(problems, len(shapes) * len(tokens), device)
     cases: list[Case] = []
-    report = Report(environment(device), rate / 1e12, cases, folder)
+    report = Report(environment(device), rate / 1e12, tuned, cases, folder)
     for shape in shapes:
         for n in tokens:
             cases.append(
@@ -151,7 +159,7 @@ def pick_tokens(
         return PAPER_TOKENS
     if config.model is not None:
         return 256
-    contestants, _ = line_up(_placeholder(dtype), config.beta, config.method, config.mode, config.filter_eps)
+    contestants, _ = line_up(_placeholder(device, dtype), config.beta, config.method, config.mode, config.filter_eps)
     runs = len(contestants) * (repeats + 1) * 4 / 3
     entries = sum(shape.vocab * shape.hidden for shape in shapes if shape is not None)
     largest = max(shape.vocab for shape in shapes if shape is not None)
@@ -172,9 +180,18 @@ def pick_tokens(
     return tokens
 
 
-def _placeholder(dtype: torch.dtype) -> Inputs:
-    """A problem of no size, to ask on a CPU who could take part."""
-    return Inputs(torch.zeros(1, 8, dtype=dtype), torch.zeros(2, 8, dtype=dtype), torch.zeros(1).long(), None, "")
+def _placeholder(device: torch.device, dtype: torch.dtype) -> Inputs:
+    """A problem of hardly any size, to ask who could take part."""
+    states, head = (torch.zeros(rows, 8, dtype=dtype, device=device) for rows in (1, 2))
+    return Inputs(states, head, torch.zeros(1, dtype=torch.long, device=device), None, "")
+
+
+def _inputs(config: BenchConfig, shape: Shape | None, tokens: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+    if config.model is not None and config.text is not None:
+        return model_inputs(config.model, config.text, tokens, dtype=dtype, device=device)
+    assert shape is not None
+    _check_fits(shape, tokens, dtype, device)
+    return random_inputs(shape, tokens, config.inputs, dtype=dtype, device=device, seed=config.seed)
 
 
 def _measure_case(
@@ -187,17 +204,11 @@ def _measure_case(
     repeats: int,
     seconds: float,
 ) -> Case:
-    if config.model is not None and config.text is not None:
-        inputs = model_inputs(config.model, config.text, tokens, dtype=dtype, device=device)
-    else:
-        assert shape is not None
-        _check_fits(shape, tokens, dtype, device)
-        inputs = random_inputs(shape, tokens, config.inputs, dtype=dtype, device=device, seed=config.seed)
+    inputs = _inputs(config, shape, tokens, device, dtype)
     contestants, absent = line_up(inputs, config.beta, config.method, config.mode, config.filter_eps)
     if not contestants:
         reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason(absent).items())
         raise UsageError(f"no method is left to measure: {reasons or 'widen --method and --mode'}")
-    tuned = autotune(inputs) if config.autotune else None
     N, V, D = inputs.sizes
     reference_seconds = CPU_REFERENCE_SECONDS if device.type == "cpu" else GPU_REFERENCE_SECONDS
     # float64 runs at half of float32's rate on a CPU, and at a few percent of bfloat16's on a GPU.
@@ -216,7 +227,7 @@ def _measure_case(
         )
     rows = [_roofline(inputs, config.frozen, rate)]
     rows += [_row(inputs, m, config.frozen, reference_tokens) for m in measurements]
-    return Case(inputs.name, N, V, D, inputs.softcap, describe(inputs), absent, rows, tuned)
+    return Case(inputs.name, N, V, D, inputs.softcap, describe(inputs), absent, rows)
 
 
 def by_reason(absent: dict[str, str]) -> dict[str, list[str]]:

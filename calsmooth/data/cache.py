@@ -1,4 +1,4 @@
-"""Tokenised data on disk, so that the next run starts at once: under ~/.cache/calsmooth, by a hash of what made it.
+"""Tokenised data on disk, so that the next run starts at once: in the cache folder, by a hash of what made it.
 
 The hash is taken of everything that decides the tokens: the bytes of the data, the tokenizer with its chat template,
 the settings, and the versions of the code. So nothing ever has to be told that an entry is out of date, and the folder
@@ -11,7 +11,6 @@ make it while the others wait; the lock of a killed process is released by the s
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import calsmooth
 from calsmooth import console
 from calsmooth.errors import CalsmoothError
-from calsmooth.files import whole_folder
+from calsmooth.files import cache_folder, whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,13 +35,6 @@ WORTH_SECONDS = 2.0
 
 ABANDONED_SECONDS = 24 * 3600
 """After so long a half-written entry is a killed process's."""
-
-
-def cache_folder() -> Path:
-    """$CALSMOOTH_CACHE, else calsmooth/ under $XDG_CACHE_HOME or ~/.cache."""
-    if chosen := os.environ.get("CALSMOOTH_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "calsmooth"
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerBase", **settings: Any) -> str:

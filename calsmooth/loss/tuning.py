@@ -1,12 +1,14 @@
 """A search for the kernels' block sizes on the GPU at hand, for `calsmooth bench --autotune`.
 
 What the kernels come with is known to be good on Hopper and chosen by shared memory for others; nobody waits for a
-search in training. This one tries the tile sizes, pipeline depths and occupancies that can make sense, on the problem
-it is given, and keeps what is fastest for its kind: this GPU, and an inner product as short or as long.
+search in training. This one tries the tile sizes, pipeline depths and occupancies that can make sense, on the problems
+it is given, and keeps one for each kind of problem: this GPU, an inner product as short or as long, and kernels that
+store their tiles or only walk. Of several problems of a kind each counts as much as another, however long it takes.
 """
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,14 +29,34 @@ RUNS = 5
 AGREEMENT = 1e-3
 """A candidate whose loss is further off than this, relatively, is no candidate."""
 
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""Hidden states (N, D) in bfloat16, the head (V, D), targets (N,)."""
+
+Timed = Callable[[Callable[[], Tensor]], tuple[float, Tensor]]
+"""Runs a function that gives the loss; milliseconds and the loss."""
+
 
 @dataclass(frozen=True)
 class Found:
-    storing: bool  # for the kernels that store their tiles; else for those that only walk
+    """The fastest for one kind of problem. Times are of loss and gradients where tiles are stored, else of the loss."""
+
+    short: bool  # inner products of up to `configurations.SHORT` features
+    storing: bool
     configuration: Configuration
-    ms: float  # loss and gradients, or the loss alone
-    ms_before: float  # with the configuration that was in use
-    tried: int  # configurations that ran
+    new: bool  # False where nothing was faster than what was in use
+    tried: int  # configurations that ran on every problem
+    problems: list[tuple[int, int, int]]  # N, V, D
+    ms: list[float]  # one a problem
+    ms_before: list[float]  # with the configuration that was in use
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """All configurations on one problem."""
+
+    sizes: tuple[int, int, int]
+    ms_before: float
+    ms: dict[Configuration, float]  # of those that run and agree
 
 
 def candidates(device: torch.device) -> Iterator[Configuration]:
@@ -50,39 +72,72 @@ def candidates(device: torch.device) -> Iterator[Configuration]:
 
 
 def search(
-    hidden_states: Tensor,  # (N, D), bfloat16
-    lm_head_weight: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
-    timed: Callable[[Callable[[], Tensor]], tuple[float, Tensor]],
-    choices: list[Configuration],
-    advance: Callable[[], None],
+    problems: Iterable[Inputs], timed: Timed, choices: list[Configuration], advance: Callable[[], None]
 ) -> list[Found]:
-    """The fastest of `choices` for the walk and for the kernels that store their tiles; in use from now on.
+    """The fastest of `choices` for each kind among `problems`, which are taken one at a time; in use from now on.
+
+    Fastest is the least geometric mean of the problems' times. A configuration that fails on one of them is none.
 
     Args:
-        timed: runs a function that gives the loss; milliseconds and the loss.
-        advance: called once for each choice and kind.
+        advance: called twice for each problem and choice.
     """
-    E, C = hidden_states.detach(), lm_head_weight.detach()
-    found = []
-    for storing in (False, True):
-        key = configurations.key(E.device, E.shape[1], storing)
-        before = configurations.choose(E, C, storing)
-        run = _gradients(E, C, targets) if storing else _loss(E, C, targets)
-        best, (ms, expected) = before, timed(run)
-        ms_before, tried = ms, 1
-        for candidate in choices:
-            configurations.tuned()[key] = candidate
+    trials: dict[configurations.Key, list[_Trial]] = {}
+    before: dict[configurations.Key, Configuration] = {}
+    for hidden_states, lm_head_weight, targets in problems:
+        E, C = hidden_states.detach(), lm_head_weight.detach()
+        for storing in (False, True):
+            run = _gradients(E, C, targets) if storing else _loss(E, C, targets)
+            key = configurations.key(E.device, E.shape[1], storing)
+            before[key] = configurations.in_use(E.device, E.shape[1], storing)
+            trial = _Trial((len(E), *C.shape), *_try_all(key, run, timed, choices, advance))
+            trials.setdefault(key, []).append(trial)
+    return [_decide(key, before[key], of_a_kind) for key, of_a_kind in trials.items()]
+
+
+def _try_all(
+    key: configurations.Key,
+    run: Callable[[], Tensor],
+    timed: Timed,
+    choices: list[Configuration],
+    advance: Callable[[], None],
+) -> tuple[float, dict[Configuration, float]]:
+    """(milliseconds with what is in use, and with each choice that runs and agrees). What is in use stays in use."""
+    ms_before, expected = timed(run)
+    ms = {}
+    for candidate in choices:
+        with _in_use(key, candidate):
             result = _attempt(timed, run)
-            if result is not None:
-                tried += 1
-                its_ms, loss = result
-                if abs(loss - expected) <= AGREEMENT * abs(expected) and its_ms < ms:
-                    best, ms = candidate, its_ms
-            advance()
+        if result is not None and abs(result[1] - expected) <= AGREEMENT * abs(expected):
+            ms[candidate] = result[0]
+        advance()
+    return ms_before, ms
+
+
+def _decide(key: configurations.Key, before: Configuration, trials: list[_Trial]) -> Found:
+    _, short, storing = key
+    everywhere = [c for c in trials[0].ms if all(c in t.ms for t in trials)]
+    # First, so that it wins where nothing is faster. Where it is among the choices, too, the better of two measurements
+    # would be no gain.
+    ms = {before: [t.ms_before for t in trials]}
+    ms |= {c: [t.ms[c] for t in trials] for c in everywhere if c != before}
+    best = min(ms, key=lambda c: statistics.geometric_mean(ms[c]))
+    if best != before:
         configurations.tuned()[key] = best
-        found.append(Found(storing, best, ms, ms_before, tried))
-    return found
+    return Found(short, storing, best, best != before, len(ms), [t.sizes for t in trials], ms[best], ms[before])
+
+
+@contextmanager
+def _in_use(key: configurations.Key, configuration: Configuration) -> Iterator[None]:
+    tuned = configurations.tuned()
+    before = tuned.get(key)
+    tuned[key] = configuration
+    try:
+        yield
+    finally:
+        if before is None:
+            del tuned[key]
+        else:
+            tuned[key] = before
 
 
 def on_device(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
@@ -139,9 +194,7 @@ def _gradients(E: Tensor, C: Tensor, targets: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def _attempt(
-    timed: Callable[[Callable[[], Tensor]], tuple[float, Tensor]], run: Callable[[], Tensor]
-) -> tuple[float, Tensor] | None:
+def _attempt(timed: Timed, run: Callable[[], Tensor]) -> tuple[float, Tensor] | None:
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 

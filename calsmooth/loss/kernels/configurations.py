@@ -9,13 +9,14 @@ multiprocessor hide one's arithmetic behind the other's product.
 
 import functools
 import json
-import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from calsmooth.files import cache_folder
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,8 @@ Key = tuple[str, bool, bool]
 
 
 def tuned_file() -> Path:
-    """Where a search's results are kept: $CALSMOOTH_KERNELS, or kernels.json in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("CALSMOOTH_KERNELS") or Path(cache) / "calsmooth" / "kernels.json")
+    """Where a search's results are kept."""
+    return cache_folder() / "kernels.json"
 
 
 @functools.cache
@@ -99,10 +99,14 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def in_use(device: torch.device, D: int, storing: bool) -> Configuration:
+    return tuned().get(key(device, D, storing)) or TABLE[architecture(device), D <= SHORT, storing]
+
+
 def choose(hidden_states: Tensor, lm_head_weight: Tensor, storing: bool) -> Configuration:
     """The entry for this GPU; with pointers where the rows' alignment rules descriptors out."""
     device, D = hidden_states.device, hidden_states.shape[1]
-    configuration = tuned().get(key(device, D, storing)) or TABLE[architecture(device), D <= SHORT, storing]
+    configuration = in_use(device, D, storing)
     if configuration.descriptors and not (_describable(hidden_states) and _describable(lm_head_weight)):
         # Without the copy engine, loads take registers: half a tile.
         configuration = replace(configuration, block_v=configuration.block_v // 2, descriptors=False)
