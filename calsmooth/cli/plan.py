@@ -81,9 +81,11 @@ def memory_lines(memory: "MemoryEstimate", plan: "Plan") -> list[str]:
     }
     named = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
     beyond = "" if memory.activations is not None else "; activations can't be counted for this architecture"
+    compiled = ["The activations are those of uncompiled layers: with --compile, an upper bound."]
     return [
         f"Memory, at micro-batches of {memory.rows} x {memory.width} tokens: about {_size(memory.total)} "
         f"({named}{beyond}), and what the allocator and the libraries take.",
+        *(compiled if plan.config.compile and memory.activations is not None else []),
         f"Logits that the fused loss doesn't make: {_size(memory.full_logits)}.",
     ]
 

@@ -5,6 +5,8 @@ own forward pass runs on tensors that have shapes and no content (torch's FakeTe
 is added up. So every architecture, attention and precision counts as what it is. The fused loss's part is its own:
 the gradients that it makes in the forward pass, and one chunk of logits.
 
+Activations are those of uncompiled layers; compiled ones (`--compile`) keep fewer: the estimate is an upper bound then.
+
 What an allocator loses to fragments, and what CUDA and its libraries take (about a gigabyte), comes on top.
 """
 

@@ -115,6 +115,10 @@ def test_a_dry_run_says_what_a_run_needs(command) -> None:
     assert "  good.jsonl: 2 examples an epoch, of 1" in lines
     assert any(line.startswith("5 steps of 32 examples") and "is padding" in line for line in lines)
     assert any(line.startswith("Memory, at micro-batches of ") for line in lines)
+    bound = "The activations are those of uncompiled layers: with --compile, an upper bound."
+    assert bound not in lines
+    code, out, _ = command("--dataset", "good.jsonl", "--dry-run", "--compile")
+    assert bound in out.splitlines()
     code, out, _ = command("--dataset", "good.jsonl", "--dry-run", "--json")
     plan = json.loads(out)
     assert plan["memory"]["total"] >= 16 * 700_000, "16 bytes a parameter and the activations"
