@@ -82,7 +82,11 @@ class BenchConfig(Settings):
         panel=_INPUTS,
     )
     model: str | None = setting(
-        None, "Use this model's own hidden states and head (folder or hub id; needs --text).", panel=_INPUTS
+        None,
+        "Use this model's own hidden states and head: a folder or hub id, 'demo' is built in; needs --text.",
+        shown_default="random inputs",
+        flags=("--model", "-m"),
+        panel=_INPUTS,
     )
     text: Path | None = setting(None, "The text that --model reads.", panel=_INPUTS)
     seed: int = setting(0, "Seed of the random inputs.", minimum=0, maximum=2**31 - 1, panel=_INPUTS)
@@ -114,8 +118,10 @@ class BenchConfig(Settings):
         maximum=10_000,
         panel=_METHODS,
     )
-    device: str | None = setting(None, "cpu, cuda, cuda:1 or mps.", shown_default="the best there is")
-    output: Path | None = setting(None, "Folder for the files.", shown_default="runs/bench")
+    device: str | None = setting(None, "cpu, cuda, cuda:1, mps.", shown_default="the first GPU")
+    output: Path | None = setting(
+        None, "Folder for the files: new or empty.", shown_default="runs/bench", flags=("--output", "-o")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,7 +29,10 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, metavar="", help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -37,6 +40,10 @@ def _options(
 
 # Each module registers its command on `app`; none imports torch before its command runs.
 from calsmooth.cli import bench, calibrate, entropy_bound, evaluate, finetune  # noqa: E402, F401
+
+# --help shows them in the order in which they are used.
+_ORDER = ("finetune", "evaluate", "calibrate", "bench", "entropy-bound")
+app.registered_commands.sort(key=lambda command: _ORDER.index(command.name or ""))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from calsmooth.calibrate.config import CalibrateConfig
 from calsmooth.cli.app import app
 from calsmooth.cli.evaluate import announce
 from calsmooth.cli.options import Output, settings_command
-from calsmooth.config import Settings, flag_name
+from calsmooth.config import Settings, flag_name, setting
 from calsmooth.environment import started_processes
 from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.evaluate.config import ChoicesConfig
@@ -28,6 +28,8 @@ FOR_BAKING = ("model", "revision", "dtype", "device")
 @dataclass(frozen=True)
 class CalibrateCommand(CalibrateConfig, ChoicesConfig):
     """Both configurations' options; `output`, `bins` and `seed` are common to both."""
+
+    resume: bool = setting(False, "Go on with an interrupted calibration: the one in --output.")
 
 
 @settings_command(app, CalibrateCommand)

@@ -24,9 +24,9 @@ class EvaluateCommand(EvaluateConfig):
 
     runs: tuple[str, ...] = setting(
         (),
-        "With --compare: folders of finished runs, FOLDER or NAME=FOLDER; differences are to the first.",
+        "With --compare, two or more: folders of finished runs, FOLDER or NAME=FOLDER; differences are to the first.",
         argument=True,
-        metavar="RUN...",
+        metavar="RUN",
     )
     compare: bool = setting(False, "Compare the finished runs given as RUN...: no model is run.")
     by_subject: bool = setting(False, "Show every subject in the table, however many there are.")

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 from calsmooth import console
 from calsmooth.config import Settings, field_type, load, load_grid
 
 C = TypeVar("C", bound=Settings)
 
-_METAVARS: dict[type, str] = {str: "TEXT", int: "N", float: "X", Path: "PATH"}
+_METAVARS: dict[type, str] = {bool: "", str: "TEXT", int: "N", float: "X", Path: "PATH"}
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,26 @@ def settings_command(
 
         parameters = [_parameter(config_class, f) for f in fields(config_class)] + _common_parameters()
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__doc__ = function.__doc__
-        app.command(name or function.__name__.replace("_", "-"))(command)
+        # A docstring's lines are the source's, not the terminal's.
+        command.__doc__ = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
+        off = frozenset(f.name for f in fields(config_class) if f.default is False)
+        app.command(name or function.__name__.replace("_", "-"), cls=_with_short_help(off))(command)
         return function
 
     return register
+
+
+def _with_short_help(off: frozenset[str]) -> type[TyperCommand]:
+    """A command whose --help leaves out the --no-FLAG of what is `off` anyway: its column would be everyone's."""
+
+    class Command(TyperCommand):
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            for parameter in self.params:
+                if parameter.name in off:
+                    parameter.secondary_opts = []
+            super().format_help(ctx, formatter)
+
+    return Command
 
 
 def _from_flag(config_class: type[Settings], name: str, value: Any) -> Any:
@@ -88,7 +104,7 @@ def _parameter(config_class: type[Settings], f: "Field[Any]") -> inspect.Paramet
     # Typer itself would show None, which is what an unset flag is, or put the words in parentheses.
     help_text = m["help"] + (f" One of: {', '.join(m['choices'])}." if m["choices"] else "")
     help_text += f" [dim]\\[default: {shown}][/dim]" if shown else ""
-    metavar = m["metavar"] or _METAVARS.get(element)
+    metavar = m["metavar"] or _METAVARS[element]
     common: dict[str, Any] = {
         "help": help_text,
         "metavar": f"{metavar},..." if is_tuple and metavar and not m["metavar"] else metavar,
@@ -100,7 +116,8 @@ def _parameter(config_class: type[Settings], f: "Field[Any]") -> inspect.Paramet
         info = typer.Argument(**common)
     else:
         dashed = f.name.replace("_", "-")
-        flags = m["flags"] or ((f"--{dashed}/--no-{dashed}",) if element is bool and f.default else (f"--{dashed}",))
+        # What a file switches on, a flag can switch off.
+        flags = m["flags"] or ((f"--{dashed}/--no-{dashed}",) if element is bool else (f"--{dashed}",))
         info = typer.Option(*flags, **common)
     # Unset flags arrive as None, so that a YAML value can be told from a default.
     annotation: Any = (list[str] if is_tuple else element) | None
@@ -110,6 +127,8 @@ def _parameter(config_class: type[Settings], f: "Field[Any]") -> inspect.Paramet
 
 
 def _show(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
     return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
@@ -117,13 +136,20 @@ def _common_parameters() -> list[inspect.Parameter]:
     panel = "All commands"
 
     def option(name: str, kind: Any, default: Any, *flags: str, help: str) -> inspect.Parameter:
-        info = typer.Option(*flags, help=help, rich_help_panel=panel, show_default=False)
+        metavar = "FILE" if kind == Path | None else ""
+        info = typer.Option(*flags, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)
         return inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
         )
 
     return [
-        option("config", Path | None, None, "--config", help="YAML file with these options as keys; flags win."),
+        option(
+            "config",
+            Path | None,
+            None,
+            "--config",
+            help="YAML file with these options as keys. Flags win; --no-FLAG for a switch that is on in it.",
+        ),
         option("json", bool, False, "--json", help="Print the result as JSON alone on standard output."),
         option("quiet", bool, False, "--quiet", "-q", help="No notices and no progress bars."),
         option("debug", bool, False, "--debug", help="On an error, show the Python traceback."),

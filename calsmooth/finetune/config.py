@@ -76,9 +76,11 @@ class FinetuneConfig(Settings):
         minimum=2,
         panel=DATA,
     )
-    revision: str | None = setting(None, "Branch, tag or commit of the model on the hub.", panel=DATA)
     dataset_revision: str | None = setting(
-        None, "Branch, tag or commit of the hub ids that don't say theirs (@REVISION).", panel=DATA
+        None,
+        "Branch, tag or commit of the hub ids that don't say theirs (@REVISION).",
+        shown_default="main",
+        panel=DATA,
     )
     packing: bool = setting(
         False,
@@ -93,7 +95,9 @@ class FinetuneConfig(Settings):
     shuffle_buffer: int = setting(
         10_000, "With --streaming: rows among which the next one is drawn.", minimum=1, panel=DATA
     )
-    cache: bool = setting(True, "Keep tokenised data for the next run, under ~/.cache/calsmooth.", panel=DATA)
+    cache: bool = setting(
+        True, "Keep tokenised data for the next run (in ~/.cache/calsmooth or CALSMOOTH_CACHE).", panel=DATA
+    )
 
     lr: float | None = setting(
         None, "Peak learning rate.", shown_default="2e-5; demo: its own", above=0, panel=TRAINING
@@ -109,7 +113,11 @@ class FinetuneConfig(Settings):
         panel=TRAINING,
     )
     max_steps: int | None = setting(
-        None, "Stop after so many steps; the schedule ends there, too.", minimum=1, panel=TRAINING
+        None,
+        "Stop after so many steps; the schedule ends there, too.",
+        shown_default="all of --epochs",
+        minimum=1,
+        panel=TRAINING,
     )
     optimizer: str = setting(
         "adamw",
@@ -269,6 +277,9 @@ class FinetuneConfig(Settings):
         panel=COMPUTE,
     )
     device: str | None = setting(None, "cpu, cuda, mps.", shown_default="the first GPU", panel=COMPUTE)
+    revision: str | None = setting(
+        None, "Branch, tag or commit of the model on the hub.", shown_default="main", panel=COMPUTE
+    )
     save_every: int | None = setting(
         None, "Steps between checkpoints.", shown_default="a tenth of the run", minimum=1, panel=COMPUTE
     )

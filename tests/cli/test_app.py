@@ -23,12 +23,29 @@ def test_help_names_the_five_commands() -> None:
         assert re.search(rf"\b{command}\b", done.stdout)
 
 
+def test_help_shows_them_in_the_order_of_their_use() -> None:
+    shown = re.findall(rf"^. ({'|'.join(COMMANDS)}) ", calsmooth("--help").stdout, flags=re.MULTILINE)
+    assert tuple(shown) == COMMANDS
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str) -> None:
     done = calsmooth(command, "--help")
     assert done.returncode == 0
     assert "--config" in done.stdout
     assert "--json" in done.stdout
+    # A switch takes no value, and one that is off anyway needs no flag that says so.
+    assert not re.search(r"--(json|quiet|resume|autotune).*<bool>", done.stdout)
+    assert set(re.findall(r"--no-[a-z]+", done.stdout)) <= {"--no-cache", "--no-reuse", "--no-FLAG"}
+
+
+def test_a_flag_wins_over_a_switch_in_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("streaming: true\npacking: true\nmax_steps: 2\n")
+    command = ("finetune", "--config", "c.yaml", "--dry-run", "--json")
+    assert '"streaming": true' in calsmooth(*command, cwd=tmp_path).stdout
+    done = calsmooth(*command, "--no-streaming", cwd=tmp_path)
+    assert '"streaming": false' in done.stdout, done.stderr
+    assert '"packing": true' in done.stdout
 
 
 def test_help_imports_nothing_heavy() -> None:
