@@ -141,6 +141,28 @@ def test_nothing_waits_for_the_device(
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("buffer_bytes", [2**22, 2**30])
+def test_other_numbers_of_tokens_compile_nothing_again(buffer_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    compiled: list[str] = []
+    monkeypatch.setattr(tiles, "BUFFER_BYTES", buffer_bytes)
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **made: compiled.append(made["repr"]))
+
+    def run(N: int) -> None:
+        E, C, y = make(N, 4096, 256, ignored=0)
+        for mode in MODES:
+            linear_cross_entropy(E, C, y, label_smoothing=0.1, mode=mode).backward()
+        token_statistics(E, C, y)
+
+    run(1600)
+    first = len(compiled)
+    assert first
+    for N in (1601, 2048, 300, 17):
+        run(N)
+    assert compiled[first:] == []
+
+
 def test_statistics() -> None:
     E, C, y = make(700, 9003, 264)
     logprob = (E.detach().double() @ C.detach().double().T).log_softmax(-1)

@@ -30,6 +30,11 @@ class Configuration:
     programs_per_sm: int = 1
 
 
+VARYING = ("N", "R", "size", "room", "together", "parts", "max_parts")
+"""Arguments of the kernels that change with the number of tokens, from batch to batch. Triton would compile a kernel
+again for those that are 1 and those that divide by 16, each time in the middle of a training run; nothing that is hot
+gains from it: rows of matrices are aligned by their strides."""
+
 SHORT = 1024
 """Up to this many features an inner product counts as short."""
 

@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from calsmooth.loss.kernels import capped, whole
+from calsmooth.loss.kernels.configurations import VARYING
 from calsmooth.loss.kernels.lean import WIDE_BYTES, token_gradients
 from calsmooth.loss.kernels.products import accumulate, product, product_plus_row
 from calsmooth.loss.kernels.rows import (
@@ -55,7 +56,7 @@ SAFE_SUM = tl.constexpr(5e21)
 """exp(50). Its inverse times a weight and an E stays a normal bfloat16, as does a row's largest entry."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def exponential_kernel(
     e,
     c,
@@ -132,7 +133,7 @@ def exponential_kernel(
         tl.store(logit_sums + mine, z_sum, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def settle_kernel(
     references,
     target_logits,

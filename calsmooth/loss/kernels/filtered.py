@@ -36,16 +36,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calsmooth.loss.kernels.configurations import cdiv
+from calsmooth.loss.kernels.configurations import VARYING, cdiv
 from calsmooth.loss.kernels.gradient import gradients
 from calsmooth.loss.kernels.lean import LEAN_BYTES
 from calsmooth.loss.kernels.listing import NO_ENTRY, capacity, group_size, list_entries, segment_sum
 from calsmooth.loss.kernels.rows import SumBeside, feature_block, row_sum, target_logits
-from calsmooth.loss.kernels.tiles import Operands, Semantics
+from calsmooth.loss.kernels.tiles import Operands, Semantics, padded_matrix
 from calsmooth.loss.kernels.walk import walk
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def coefficients_kernel(
     keys,
     probabilities,
@@ -82,7 +82,7 @@ def coefficients_kernel(
     tl.store(coefficients + places, x, mask=entry)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gather_rows_kernel(
     X,
     starts,  # (R + 1,)
@@ -222,7 +222,7 @@ def filtered_losses(
     """(N,) losses, (N,) kept mass, (N,) log-sum-exps, the six lists of `list_entries`, overflow, (D,) sum of C."""
     operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss), storing=False)
     groups = cdiv(len(C), group_size(operands.configuration))
-    group_maxima = torch.empty(groups, len(E), dtype=torch.bfloat16, device=E.device)
+    group_maxima = padded_matrix(groups, len(E), torch.bfloat16, E.device)
     z_target = target_logits(operands, targets)
     head_sum = SumBeside(operands.C)
     walked = walk(operands, targets, z_target, group_maxima=group_maxima)

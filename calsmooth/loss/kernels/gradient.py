@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from calsmooth.loss.kernels.configurations import VARYING
 from calsmooth.loss.kernels.products import accumulate, product
 from calsmooth.loss.kernels.rows import finish_hidden, row_sum, scale_rows
 from calsmooth.loss.kernels.tiles import LOG2E, Operands, padded_matrix, place, product_tile, to_logits
@@ -23,7 +24,7 @@ MIN_WIDTH = 4096
 """Strips aren't narrower than this, however many tokens there are: each strip rewrites dE's sum."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
     e,
     c,

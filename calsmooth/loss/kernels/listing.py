@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calsmooth.loss.kernels.configurations import Configuration
+from calsmooth.loss.kernels.configurations import VARYING, Configuration
 from calsmooth.loss.kernels.tiles import Operands, to_logits
 from calsmooth.loss.kernels.walk import GROUP
 
@@ -60,7 +60,8 @@ def list_entries(
     counts = torch.empty(groups, dtype=torch.int32, device=device)
     pairs = torch.empty(room, dtype=torch.int32, device=device)
     cursor = torch.zeros((), dtype=torch.int32, device=device)
-    listing = {"N": N, "room": room, "BLOCK": 1024 if E.is_cuda else 16, "num_warps": 8}
+    listing = {"stride": group_maxima.stride(0), "N": N, "room": room, "BLOCK": 1024 if E.is_cuda else 16}
+    listing["num_warps"] = 8
     list_pairs_kernel[(groups,)](group_maxima, thresholds, counts, counts, pairs, FILL=False, **listing)
     ends = counts.cumsum(0)
     offsets = ends - counts
@@ -113,13 +114,14 @@ def list_entries(
     return keys, probabilities, column_starts, token_columns, order.int(), token_starts, kept_mass, overflow
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def list_pairs_kernel(
     group_maxima,  # (groups, N) bfloat16
     thresholds,  # (N,) logit from which an entry is kept; inf where ignored
     counts,  # (groups,) int32
     offsets,  # (groups,) int64 (FILL)
     pairs,  # (room,) int32: tokens, group after group (FILL)
+    stride,
     N,
     room,
     FILL: tl.constexpr,
@@ -131,10 +133,12 @@ def list_pairs_kernel(
         offset = tl.load(offsets + group)
     for start in range(0, N, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        top = tl.load(group_maxima + group * N + tokens, mask=tokens < N, other=float("-inf")).to(tl.float32)
+        # Up to the stride, which is aligned; from N to it lies padding, which may hold anything.
+        top = tl.load(group_maxima + group * stride + tokens, mask=tokens < stride, other=float("-inf")).to(tl.float32)
         threshold = tl.load(thresholds + tokens, mask=tokens < N, other=float("inf"))
         # -inf + inf isn't a number, and no reason to keep a group.
-        active = (top + tl.minimum(tl.abs(top), 1e30) * MARGIN >= threshold).to(tl.int32)
+        reaches = top + tl.minimum(tl.abs(top), 1e30) * MARGIN >= threshold
+        active = (reaches & (tokens < N)).to(tl.int32)
         if FILL:
             places = offset + found + tl.cumsum(active, 0) - 1
             tl.store(pairs + places, tokens, mask=(active > 0) & (places < room))
@@ -143,7 +147,7 @@ def list_pairs_kernel(
         tl.store(counts + group, found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def emit_kernel(
     E,
     C,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calsmooth.loss.kernels.configurations import cdiv
+from calsmooth.loss.kernels.configurations import VARYING, cdiv
 from calsmooth.loss.kernels.tiles import Operands, to_logits
 
 
@@ -75,7 +75,7 @@ def target_logits(operands: Operands, targets: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def row_sum_kernel(
     X,
     weights,  # (N,) (WEIGHTED)
@@ -252,7 +252,7 @@ def scale_rows(X: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def add_target_rows_kernel(
     sorted_targets,  # (N,) ascending; V where ignored
     order,  # (N,) token of each sorted target

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calsmooth.loss.kernels.configurations import cdiv
+from calsmooth.loss.kernels.configurations import VARYING, cdiv
 from calsmooth.loss.kernels.tiles import LOG2E, Operands, place, product_tile, to_logits
 
 GROUP = 64
@@ -23,7 +23,7 @@ LOWEST = tl.constexpr(-1e30)
 """Maximum of no logits at all; finite, so that differences of two of them are not NaN."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def walk_kernel(
     e,
     c,
@@ -32,11 +32,12 @@ def walk_kernel(
     maxima,  # (splits, N)
     sums,  # (splits, N) sum of exp(z - maximum)
     logit_sums,  # (splits, N) sum of z (LOGIT_SUM)
-    group_maxima,  # (V / GROUP, N) bfloat16 (GROUPS)
+    group_maxima,  # (V / GROUP, N) bfloat16, rows padded to `stride_maxima` (GROUPS)
     top_tokens,  # (splits, N) int32 (STATISTICS)
     weighted_sums,  # (splits, N) sum of exp(z - maximum) (z - maximum) (STATISTICS)
     stored,  # (N, V) z - reference (STORE)
     references,  # (N,) (STORE)
+    stride_maxima,
     stride_stored,
     N,
     V,
@@ -96,8 +97,9 @@ def walk_kernel(
         if GROUPS:
             group_max = tl.max(tl.reshape(z, (BLOCK_N, BLOCK_V // GROUP, GROUP)), 2)
             groups = column // GROUP + tl.arange(0, BLOCK_V // GROUP)
-            where = group_maxima + groups.to(tl.int64)[None, :] * N + rows[:, None]
-            inside = (groups < tl.cdiv(V, GROUP))[None, :] & (rows < N)[:, None]
+            where = group_maxima + groups.to(tl.int64)[None, :] * stride_maxima + rows[:, None]
+            # Up to the stride, which is aligned: from N to it lies padding, which may hold anything.
+            inside = (groups < tl.cdiv(V, GROUP))[None, :] & (rows < stride_maxima)[:, None]
             tl.store(where, group_max.to(tl.bfloat16), mask=inside)
             tile_max = tl.max(group_max, 1)
         else:
@@ -124,7 +126,7 @@ def walk_kernel(
         tl.store(weighted_sums + mine, w, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def combine_kernel(
     maxima,  # (parts, N)
     sums,  # (parts, N)
@@ -225,6 +227,7 @@ def maxima_and_sums(
         weighted_sums=_or(weighted, partial[0]),
         stored=partial[0] if stored is None else operands.described(stored),
         references=_or(references, partial[0]),
+        stride_maxima=0 if group_maxima is None else group_maxima.stride(0),
         stride_stored=0 if stored is None else stored.stride(0),
         together=schedule.together,
         parts=parts,
