@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from calsmooth.errors import UsageError
 from calsmooth.finetune.config import FinetuneConfig
 from calsmooth.finetune.plan import Plan
+from calsmooth.finetune.zero3 import CONFIGURATION
 from calsmooth.models import pick_dtype
 
 # transformers' names; "adamw" is fused where torch has it fused.
@@ -104,16 +105,7 @@ def _parallel(config: FinetuneConfig) -> dict[str, Any]:
         # A checkpoint's weights and moments are gathered into one file each, which any number of processes can read.
         return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
     if config.parallel == "zero3":
-        automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-        zero = {"stage": 3, "overlap_comm": True, "stage3_gather_16bit_weights_on_model_save": True}
-        return {
-            "deepspeed": {
-                "zero_optimization": zero,
-                "bf16": {"enabled": "auto"},
-                **dict.fromkeys(automatic, "auto"),
-                "zero_allow_untested_optimizer": True,
-            }
-        }
+        return {"deepspeed": CONFIGURATION}
     return {}
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,7 @@ class Meter(TrainerCallback):
         processes: Processes = ALONE,
     ) -> None:
         """vocabulary: tokens. max_loss: a token, above which a step isn't taken (None: see EXPLODED)."""
+        self.gradient_norm: Callable[[Iterable[torch.nn.Parameter]], float] = gradient_norm
         self.order, self.stop, self.processes = order, stop, processes
         self.nothing_known, self.max_loss = math.log(vocabulary), max_loss
         self.tokens = 0  # of the whole run
@@ -143,7 +144,7 @@ class Meter(TrainerCallback):
         self, args: TrainingArguments, state: "TrainerState", control: "TrainerControl", **given: Any
     ) -> None:
         # Before the update, so that neither the weights nor a checkpoint ever take a bad step.
-        norm = _total_norm([p.grad for p in given["model"].parameters() if p.grad is not None])
+        norm = self.gradient_norm(given["model"].parameters())
         # From here on all processes know the same, and decide alike.
         self.step_loss, kept_mass, asked = self.processes.summed(
             float(self.step_loss), float(self.step_kept_mass or 0.0), self.stop.signal is not None
@@ -177,7 +178,7 @@ class Meter(TrainerCallback):
         self.paused()
 
 
-def _total_norm(gradients: list[Tensor]) -> float:
-    """Also of gradients that are sharded over processes."""
-    norm = torch.nn.utils.get_total_norm(gradients)
+def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> float:
+    """Euclidean, of all gradients together; also of those that are sharded over processes (DTensor)."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -5,6 +5,7 @@ card), summary.json, and COMPLETED last of all.
 """
 
 import dataclasses
+import os
 import random
 import shutil
 import signal
@@ -46,6 +47,7 @@ from calsmooth.finetune.resume import (
 )
 from calsmooth.finetune.stopping import StoppedError, stop_requests
 from calsmooth.finetune.trainer import SFTTrainer
+from calsmooth.finetune.zero3 import check_checkpoint, deepspeed
 from calsmooth.models import load_config, load_model, pick_device, pick_dtype
 from calsmooth.processes import Processes, joined
 
@@ -107,7 +109,10 @@ def _run(
     plan = plan.with_micro_batch(min(processes.shared(_micro_batch(plan, model, trained, tokenizer, device))))
     given = on_start(plan, found)
     folder, checkpoint, done = processes.by_first(lambda: _start(plan, begun, device, given))
-    summary, weights = _train(plan, model, trained, tokenizer, folder, checkpoint, done, device, processes)
+    if config.parallel == "zero3" and checkpoint is not None:
+        processes.by_first(lambda: check_checkpoint(checkpoint, processes))
+    with deepspeed(device) if config.parallel == "zero3" else nullcontext():
+        summary, weights = _train(plan, model, trained, tokenizer, folder, checkpoint, done, device, processes)
     summary["probe"] = vars(found)
     if processes.first:
         if weights is not None:
@@ -207,6 +212,7 @@ def _train(
     if processes.count > 1 and config.parallel not in SHARDED:
         batch = probe_batch(plan.examples.examples, tokenizer, device)
         some_unused = not every_parameter_takes_part(model, trained, batch)
+    trained_parameters = sum(p.numel() for p in trained.parameters() if p.requires_grad)  # DeepSpeed leaves them empty
     use_cache = model.config.use_cache  # the Trainer switches it off, and the saved model would generate slowly
     with (
         metrics_recorder(folder / METRICS, done, plan.steps, writes=processes.first) as record,
@@ -240,7 +246,10 @@ def _train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except BadStepError as error:
             bad = BadStepError(str(error), error.step, [m for ms in processes.shared(error.micro_batches) for m in ms])
-            raise CalsmoothError(processes.by_first(lambda: report_bad_step(bad, tokenizer, folder))) from error
+            message = processes.by_first(lambda: report_bad_step(bad, tokenizer, folder))
+            if not processes.first:  # one of them says it
+                raise SystemExit(CalsmoothError.exit_code) from error
+            raise CalsmoothError(message) from error
     if trainer.meter.stopping and trainer.state.global_step < plan.steps:
         [number, *_] = [number for number in processes.shared(stop.signal) if number is not None]
         if not processes.first:  # one of them says it
@@ -258,7 +267,7 @@ def _train(
         "peak_memory_bytes": peak_memory(device),
         "resumed_at_step": done or None,
         "device": describe_device(device),
-        "trained_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
+        "trained_parameters": trained_parameters,
         "format": plan.examples.format,
         "template": plan.examples.template,
         "processes": processes.count,
@@ -279,6 +288,11 @@ def training_device(config: FinetuneConfig, processes: Processes) -> torch.devic
             f"--device {config.device}: fine-tuning takes the first GPU that it sees; set "
             f"CUDA_VISIBLE_DEVICES={device.index} and --device cuda"
         )
+    if config.parallel is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise UsageError(
+            "accelerate launch asks for DeepSpeed, whose settings are calsmooth's own here; give --parallel zero3, and "
+            "start the processes with torchrun or accelerate launch --multi_gpu"
+        )
     if config.parallel in SHARDED:
         if processes.count == 1:
             raise UsageError(
@@ -292,8 +306,6 @@ def training_device(config: FinetuneConfig, processes: Processes) -> torch.devic
                 f"--parallel {config.parallel}: what fits beside a part of the model can't be tried out; give "
                 "--micro-batch-size"
             )
-        if config.parallel == "zero3" and device.type != "cuda":
-            raise UsageError(f"--parallel zero3: DeepSpeed needs GPUs, and the device is {device}; use --parallel fsdp")
     return processes.device(config.device)
 
 

@@ -8,6 +8,7 @@ whole accumulated batch, and a checkpoint appears under its name only when every
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from calsmooth.finetune.meter import Meter
 from calsmooth.finetune.order import EpochOrder
 from calsmooth.finetune.stopping import StopRequest
 from calsmooth.finetune.stream import StepStream
+from calsmooth.finetune.zero3 import gradient_norm, hold_back_step, load_readable, whole_weights
 from calsmooth.processes import ALONE, Processes
 
 if TYPE_CHECKING:
@@ -120,12 +122,27 @@ class SFTTrainer(Trainer):
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32
             )
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        # The first thing that is made when model and optimizer are wrapped, and it wants to see the optimizer's steps.
+        if self.is_deepspeed_enabled:
+            self.meter.gradient_norm = partial(gradient_norm, processes=self.processes)
+            hold_back_step(self._engine, self.optimizer, self.meter.gradient_norm)
+            load_readable(self._engine)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    @property
+    def _engine(self) -> Any:
+        """DeepSpeed's, from when it has been made."""
+        return self.accelerator.deepspeed_engine_wrapped.engine
+
     def gathered_weights(self) -> dict[str, Tensor] | None:
         """Where processes hold shards: all weights in the first process, by name, and nothing in the others (each has
         to ask). None where the model holds its own.
         """
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return None
+        if self.is_deepspeed_enabled:
+            return whole_weights(self._engine.module, self.processes)
         return self.accelerator.get_state_dict(self.model_wrapped)
 
     def compute_loss(
