@@ -261,14 +261,16 @@ def test_every_micro_batch_is_someones_and_all_have_equally_many(count: int, mic
     assert sorted(i for share in shares for i in share if i != -1) == list(range(micro_batches))
 
 
-def test_what_processes_cannot_share_is_refused(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+def test_what_processes_cannot_share_is_refused(
+    model_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = FinetuneConfig(model=str(model_folder), dataset=str(dataset), device="cpu", output=tmp_path / "run")
     with pytest.raises(UsageError, match="--parallel fsdp: there is one process; start several, as with torchrun"):
         run(dataclasses.replace(asked, parallel="fsdp"))
     with pytest.raises(UsageError, match=r"--parallel zero3: (deepspeed isn't installed|there is one process)"):
         run(dataclasses.replace(asked, parallel="zero3"))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UsageError, match="DeepSpeed.*give --parallel zero3"):
-        patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UsageError, match=r"accelerate launch asks for DeepSpeed.*give --parallel zero3"):
         run(asked)
     from calsmooth.finetune.plan import prepare
 
