@@ -22,12 +22,18 @@ ENOUGH_TOKENS = {"cpu": 512, "cuda": 2048}
 """New tokens of a batch beyond which even a large model isn't faster per token, and only pads more."""
 ENOUGH_WORK = {"cpu": 2.5e9, "cuda": 6e12}
 """New tokens times parameters for which a forward takes far longer than its launch: small models need more tokens."""
+CALL_WORK = {"cpu": 0, "cuda": 3e12}
+"""New tokens times parameters that a device runs in the time in which the host launches one forward of them. (A
+processor launches nothing.)"""
 SHARE_OF_FREE = 0.5
 
 
 @dataclass(frozen=True)
 class Size:
-    """Tokens of one sequence: those that run, those that it goes on from, and whether its keys and values are kept."""
+    """Tokens of one sequence: those that run and those that it goes on from.
+
+    kept: whether the new tokens' keys and values outlive the forward.
+    """
 
     new: int
     past: int = 0
@@ -37,7 +43,8 @@ class Size:
 class Batches:
     """Cuts work into batches for one model. `batch_size` None: chosen. `halvings` counts what memory was too small for.
 
-    Where it was, all later batches are smaller as well.
+    Where it was, all later batches are smaller as well. `enough`: new tokens of a batch that wouldn't be faster for
+    having more. `call`: how many tokens one more forward costs as much as.
     """
 
     def __init__(self, model: "PreTrainedModel", batch_size: int | None = None) -> None:
@@ -47,7 +54,8 @@ class Batches:
         self._device = model.device
         self._footprint = _Footprint.of(model)
         kind = "cpu" if model.device.type == "cpu" else "cuda"
-        self._enough = max(ENOUGH_WORK[kind] / model.num_parameters(), ENOUGH_TOKENS[kind])
+        self.enough = max(ENOUGH_WORK[kind] / model.num_parameters(), ENOUGH_TOKENS[kind])
+        self.call = CALL_WORK[kind] / model.num_parameters()
 
     def run(
         self, items: Sequence[T], size: Callable[[T], Size], work: Callable[[list[T]], R]
@@ -63,7 +71,7 @@ class Batches:
             batch = list(items[start : start + self._rows(largest)])
             done, result = self._attempt(batch, work)
             if done:
-                yield batch, result[0]
+                yield batch, result.pop()  # held by the caller alone: it may be large
                 start += len(batch)
             else:
                 self._halve(len(batch), largest)
@@ -90,7 +98,7 @@ class Batches:
         if self.batch_size is not None:
             return self.batch_size
         by_memory = SHARE_OF_FREE * free_memory(self._device) / self._footprint.bytes(size)
-        return max(int(min(by_memory, self._enough / size.new) / self._divisor), 1)
+        return max(int(min(by_memory, self.enough / size.new) / self._divisor), 1)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -129,8 +137,9 @@ class _Footprint:
     def bytes(self, size: Size) -> int:
         """Of one sequence, at the fullest moment of its forward."""
         seen = size.new + size.past
-        # Keys and values as attention reads them: repeated for every head, of one layer, or of all where they are kept.
-        attention = 2 * seen * self.hidden + seen * self.key_values * (self.layers if size.kept else 1)
+        # Keys and values as one layer's attention reads them, repeated for every head; those kept are of all layers.
+        attention = 2 * seen * self.hidden + seen * self.key_values
+        attention += size.new * self.key_values * self.layers if size.kept else 0
         activations = size.new * (8 * self.hidden + 3 * self.intermediate)
         scores = 2 * self.heads * size.new * seen if self.eager else size.new * seen
         return self.itemsize * (attention + activations) + 4 * (2 * size.new * self.hidden + scores)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
@@ -16,7 +17,7 @@ from calsmooth.evaluate.requests import Encoder, Request
 from calsmooth.evaluate.results import RESAMPLES, TaskResult, memory_note
 from calsmooth.evaluate.scoring import Scorer
 from calsmooth.evaluate.task import Task, TaskData
-from calsmooth.evaluate.units import Record, Unit, in_threads, parts
+from calsmooth.evaluate.units import Record, Unit, in_threads, packed, parts
 from calsmooth.plots import Reliability, prepare_reliability
 from calsmooth.records import Prediction
 
@@ -24,6 +25,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Asked = list[tuple[Prompt, Request]]
+
+
+CHARACTERS = 4
+"""Of a token, about."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Questions of a subject, by index. prefix, cost: characters of the solved examples, and of all that is run."""
+
+    questions: Sequence[int]
+    prefix: int
+    cost: int
 
 
 class Choices:
@@ -54,6 +68,7 @@ class Choices:
         asked_for = task.shots if config.shots is None else config.shots
         fewest = min(len(data.examples.get(subject, ())) for subject in self.subjects)
         self.shots = min(asked_for, fewest)
+        self._parts = self._cut()
         self.notes = list(data.notes)
         if fewest < asked_for:
             self.notes.append(f"{task.name}: only {fewest} of {asked_for} solved examples exist")
@@ -70,23 +85,30 @@ class Choices:
         return f"{words}, sha256 {digest.hexdigest()}"
 
     def units(self) -> list[Unit]:
-        """A subject's questions, or a part of them, each: what shares solved examples is scored together."""
-        return [
-            Unit(
-                name=f"{self.name}/{subject}/{number}",
-                cost=sum(100 + len(q.text) + sum(map(len, q.choices)) for q in part),
-                steps=len(part),
-                prepare=partial(in_threads, self._prepare, part),
-                score=self._score,
+        """A part of a subject each, or where the device makes short work of that, several.
+
+        Named by the parts that it holds, so that none is taken for one that another device had been given.
+        """
+        costs = [part.cost for part in self._parts]
+        units = []
+        for held in packed(costs, CHARACTERS * self.scorer.batches.enough):
+            questions = [self.questions[i] for number in held for i in self._parts[number].questions]
+            units.append(
+                Unit(
+                    name=f"{self.name}/{held.start}-{held.stop - 1}",
+                    cost=sum(costs[number] for number in held),
+                    steps=len(questions),
+                    prepare=partial(in_threads, self._prepare, questions),
+                    score=partial(self._score, [question.subject for question in questions]),
+                )
             )
-            for subject, members in self.subjects.items()
-            for number, part in enumerate(parts(members))
-        ]
+        return units
 
     def result(self, records: Sequence[Record]) -> TaskResult:
         """Metrics of all questions; the records are those of `units()`, in that order."""
-        logprobs = [values for record in records for values in record["logprobs"]]
-        per_byte = [values for record in records for values in record["per_byte"]]
+        scored = [pair for record in records for pair in zip(record["logprobs"], record["per_byte"], strict=True)]
+        asked = [i for part in self._parts for i in part.questions]
+        logprobs, per_byte = zip(*(pair for _, pair in sorted(zip(asked, scored, strict=True))), strict=True)
         predictions = [
             Prediction(self.name, q.subject, q.id, tuple(values), q.answer, tuple(divided) if divided else None)
             for q, values, divided in zip(self.questions, logprobs, per_byte, strict=True)
@@ -120,6 +142,20 @@ class Choices:
         summary["reliability"] = panel.to_dict()
         return TaskResult(summary, panel, predictions, [*self.notes, *self._notes(total)])
 
+    def _cut(self) -> list[_Part]:
+        """Subjects in parts, the longest solved examples first: subjects whose prompts begin about as long meet."""
+        cut: list[_Part] = []
+        start = 0
+        for members in self.subjects.values():
+            prompt = self._prompt(members[0])
+            prefix = max(len(prompt.text(prompt.shots)) - _own_characters(members[0]), 0)
+            for part in parts(range(start, start + len(members))):
+                times = 1 if self.scorer.sharing.prefix else len(part)
+                own = sum(_own_characters(self.questions[i]) for i in part)
+                cut.append(_Part(part, prefix, own + times * prefix))
+            start += len(members)
+        return sorted(cut, key=lambda part: -part.prefix)
+
     def _prompt(self, question: Question) -> Prompt:
         return self._ask(question, list(self.data.examples.get(question.subject, ())))
 
@@ -127,11 +163,15 @@ class Choices:
         prompt = self._prompt(question)
         return prompt, self._encode(prompt)
 
-    def _score(self, asked: Asked, advance: Callable[..., None]) -> Record:
+    def _score(self, subjects: Sequence[str], asked: Asked, advance: Callable[..., None]) -> Record:
         scorer = self.scorer
         run, halved = scorer.tokens_run, scorer.batches.halvings
         requests = [request for _, request in asked]
-        logprobs = scorer.score(requests, advance)
+        groups: dict[tuple, list[int]] = defaultdict(list)
+        for i, (subject, request) in enumerate(zip(subjects, requests, strict=True)):
+            # Prompts that lost solved examples, or their start, share less with the others.
+            groups[subject, request.dropped_shots, request.truncated].append(i)
+        logprobs = scorer.score(requests, advance, list(groups.values()))
         per_byte = [
             prompt.answer_bytes and [v / n for v, n in zip(values, prompt.answer_bytes, strict=True)]
             for (prompt, _), values in zip(asked, logprobs, strict=True)
@@ -164,6 +204,10 @@ class Choices:
         if self.scorer.readout.fallback is not None:
             notes.append(f"log-probabilities are those of the model's own logits: {self.scorer.readout.fallback}")
         return notes + memory_note(self.name, total["halvings"])
+
+
+def _own_characters(question: Question) -> int:
+    return 100 + len(question.text) + sum(map(len, question.choices))
 
 
 def _counts(requests: Sequence[Request], tokens_run: int, halvings: int) -> dict[str, int]:

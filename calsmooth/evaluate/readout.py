@@ -22,6 +22,11 @@ CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Of logits, or of gathered rows of the head, that exist at once."""
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, to which the host hands it over without waiting for what the device is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Readout:
     """Reads one model. `fallback` is None, or why its logits must be made by its own forward."""
 
@@ -47,19 +52,21 @@ class Readout:
     ) -> Tensor:
         """(A,) float32 or float64: natural-log probability of `token[a]` after place number `place[a]`.
 
-        One forward of the model; place m is token `positions[m]` of the batch's sequence `rows[m]`.
+        One forward of the model; place m is token `positions[m]` of the batch's sequence `rows[m]`. All four are on the
+        CPU, the result is on the device and isn't waited for.
         """
+        rows, positions = send(rows, self.model.device), send(positions, self.model.device)
         if self.head is not None:
             hidden_states = final_hidden_states(self.model, self.head, **inputs)[rows, positions]  # (M, D)
             if len(place) == 0:  # a forward for its keys and values alone
                 return hidden_states.new_zeros(0, dtype=torch.float32)
             return self._fused_logprobs(self.head, hidden_states, place, token)
-        parts = [
-            (logits.log_softmax(dim=-1)[place[here] - start, token[here]], here)
-            for start, logits in self._own_logits(inputs, rows, positions)
-            for here in [((place >= start) & (place < start + len(logits))).nonzero()[:, 0]]
-        ]
-        found = torch.empty(len(place), dtype=parts[0][0].dtype, device=place.device)
+        parts = []
+        for start, logits in self._own_logits(inputs, rows, positions):
+            here = ((place >= start) & (place < start + len(logits))).nonzero()[:, 0]
+            picked = send(place[here] - start, logits.device), send(token[here], logits.device)
+            parts.append((logits.log_softmax(dim=-1)[picked], send(here, logits.device)))
+        found = torch.empty(len(place), dtype=parts[0][0].dtype, device=self.model.device)
         for values, here in parts:
             found[here] = values
         return found
@@ -93,11 +100,13 @@ class Readout:
 
     def _fused_logprobs(self, head: Head, hidden_states: Tensor, place: Tensor, token: Tensor) -> Tensor:
         """The vocabulary is walked once a place; each further token that is asked there costs one more product."""
-        targets = torch.zeros(len(hidden_states), dtype=torch.long, device=token.device)
+        device = hidden_states.device
+        targets = torch.zeros(len(hidden_states), dtype=torch.long)
         targets[place] = token  # any one of those that are asked
-        found = token_statistics(hidden_states, head.weight, targets, **_semantics(head))
+        others = send((targets[place] != token).nonzero()[:, 0], device)
+        place, token = send(place, device), send(token, device)
+        found = token_statistics(hidden_states, head.weight, send(targets, device), **_semantics(head))
         logprobs = found.target_logprob[place]
-        others = (targets[place] != token).nonzero()[:, 0]
         rows = max(self._chunk_bytes // (2 * hidden_states.shape[1] * found.logsumexp.element_size()), 1)
         for part in others.split(rows):
             states, weights = hidden_states[place[part]].to(logprobs.dtype), head.weight[token[part]].to(logprobs.dtype)

@@ -20,7 +20,10 @@ from calsmooth.processes import Processes
 T = TypeVar("T")
 
 UNIT = 256
-"""Questions or rows of a unit at most: what an interruption costs, and the most that one batch can hold."""
+"""Questions or rows of a part at most: a unit is one part, or several that are small for the device."""
+BATCHES = 8
+"""How many full batches the parts of one unit may come to: enough for a fast device to be busy, for sequences of about
+the same length to meet, and not too much for an interruption to cost."""
 MOST_THREADS = 16
 
 Record = dict[str, Any]
@@ -46,6 +49,20 @@ def parts(items: Sequence[T]) -> list[Sequence[T]]:
     count = math.ceil(len(items) / UNIT)
     ends = [len(items) * i // count for i in range(count + 1)]
     return [items[a:b] for a, b in pairwise(ends)]
+
+
+def packed(costs: Sequence[float], batch: float) -> list[range]:
+    """Consecutive parts, by index, that make a unit each: one, or as many as cost no more than `BATCHES` batches do."""
+    units: list[range] = []
+    cost = 0.0
+    for number, more in enumerate(costs):
+        if units and cost + more <= BATCHES * batch:
+            units[-1] = range(units[-1].start, number + 1)
+            cost += more
+        else:
+            units.append(range(number, number + 1))
+            cost = more
+    return units
 
 
 def in_threads(function: Callable[[T], Any], items: Sequence[T]) -> list[Any]:

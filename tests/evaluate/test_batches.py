@@ -106,7 +106,7 @@ def test_batches_hold_what_the_memory_does_and_never_nothing(build, lengths, fre
     bytes_of = batches._footprint.bytes
     for batch in cut:
         assert len(batch) == 1 or len(batch) * bytes_of(Size(batch[0], past=100)) <= free
-        assert len(batch) == 1 or len(batch) * batch[0] <= batches._enough
+        assert len(batch) == 1 or len(batch) * batch[0] <= batches.enough
 
 
 def test_free_memory_is_what_is_there_and_what_is_allowed(monkeypatch):

@@ -6,24 +6,29 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from calsmooth.errors import UsageError
+from calsmooth.evaluate import units as units_module
 from calsmooth.evaluate.config import EvaluateConfig
 from calsmooth.evaluate.run import run
-from calsmooth.evaluate.units import parts
+from calsmooth.evaluate.scoring import Scorer
+from calsmooth.evaluate.units import packed, parts
 
-SMALL_UNITS = "import calsmooth.evaluate.units as u; u.UNIT = 4"
+SMALL_UNITS = "import calsmooth.evaluate.units as u; u.UNIT, u.BATCHES = 4, 0"
 KILLED_IN_THE_FOURTH_UNIT = f"""
 import os, signal
 {SMALL_UNITS}
 from calsmooth.evaluate.scoring import Scorer
 begun, score = [], Scorer.score
-def scored(self, requests, advance):
+def scored(self, requests, *rest):
     begun.append(requests)
-    found = score(self, requests, advance)
+    found = score(self, requests, *rest)
     if len(begun) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return found
@@ -84,7 +89,7 @@ def test_a_killed_evaluation_resumes_to_what_one_process_gives_in_one_go(argumen
     assert kept.read_text().count("\n") == 3
     assert not (folder / "predictions.jsonl").exists()
     with open(kept, "a") as file:
-        file.write('{"unit": "mmlu/anatomy/0", "logprobs": [[-1.2')  # what a crash may leave
+        file.write('{"unit": "mmlu/0-0", "logprobs": [[-1.2')  # what a crash may leave
 
     # Whoever goes on: here two processes, which share what is left.
     resumed = command([*arguments, "--resume", "--json"], folder, processes=2)
@@ -144,3 +149,43 @@ def test_parts_are_few_and_even(count):
     assert [i for part in cut for i in part] == list(range(count))
     assert len(cut) == -(-count // 256)
     assert max(map(len, cut)) - min(map(len, cut)) <= 1
+
+
+@given(costs=st.lists(st.integers(1, 100), max_size=40), batch=st.integers(0, 60))
+def test_small_parts_make_a_unit_together_and_large_ones_one_each(costs, batch):
+    cut = packed(costs, batch)
+    assert [number for unit in cut for number in unit] == list(range(len(costs)))
+    most = units_module.BATCHES * batch
+    loads = [sum(costs[number] for number in unit) for unit in cut]
+    assert all(load <= most or len(unit) == 1 for load, unit in zip(loads, cut, strict=True))
+    assert all(a + b > most for a, b in pairwise(loads)) or not batch
+
+
+def test_units_of_another_cut_are_done_again_and_never_mixed_up(arguments, model_folder, tmp_path, monkeypatch):
+    """As where an evaluation goes on on another device, which takes more at once."""
+    asked = {"model": str(model_folder), "task": ("mmlu",), "data_dir": Path(arguments[6]), "device": "cpu", "shots": 2}
+    whole = run(EvaluateConfig(**asked, output=tmp_path / "whole"))
+    monkeypatch.setattr(units_module, "BATCHES", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("calsmooth.evaluate.scoring.Scorer.score", stopping_after(Scorer.score, 2))
+        with pytest.raises(KeyboardInterrupt):
+            run(EvaluateConfig(**asked, output=tmp_path / "run"))
+    kept = [json.loads(line)["unit"] for line in (tmp_path / "run/unfinished/process-0.jsonl").read_text().splitlines()]
+    assert len(kept) == 2
+    monkeypatch.setattr(units_module, "BATCHES", 8)
+    resumed = run(EvaluateConfig(**asked, output=tmp_path / "run", resume=True))
+    for one, other in zip(resumed.predictions, whole.predictions, strict=True):
+        assert (one.subject, one.id) == (other.subject, other.id)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+def stopping_after(score, count):
+    begun = []
+
+    def scored(*arguments):
+        begun.append(arguments)
+        if len(begun) > count:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    return scored

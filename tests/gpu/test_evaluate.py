@@ -1,5 +1,7 @@
 """Scoring on a GPU: the kernels' log-probabilities, real lack of memory, the whole command."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ if not torch.cuda.is_available():
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from calsmooth.evaluate import batches as batches_module
 from calsmooth.evaluate.config import EvaluateConfig
 from calsmooth.evaluate.requests import Request
 from calsmooth.evaluate.run import run
@@ -24,6 +27,12 @@ def model():
         num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.1,
     )  # fmt: skip
     return LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+
+
+@pytest.fixture(autouse=True)
+def even_small_prefixes_are_shared(monkeypatch):
+    """For a model this small on a GPU they aren't worth it, and would stay untested."""
+    monkeypatch.setitem(batches_module.CALL_WORK, "cuda", 0)
 
 
 def make_requests(count, own, letters):
@@ -56,6 +65,22 @@ def test_reuse_and_kernels_give_the_models_own_log_probabilities(model, letters)
         # bfloat16 has 8 bits; a sum of four log-probabilities of around -9 each.
         assert got == pytest.approx(expected, abs=0.5)
         assert abs(sum(got) - sum(expected)) / len(got) < 0.05
+
+
+@pytest.mark.parametrize("letters", [True, False], ids=["letter", "cloze"])
+def test_batches_across_groups_give_what_each_group_gives_alone(model, letters):
+    groups = [make_requests(count, own, letters) for count, own in ((5, 30), (1, 12), (7, 90), (3, 40))]
+    groups[0] = [Request(r.context[20:], r.continuations) for r in groups[0]]  # a shorter prefix than the others'
+    apart = [value for group in groups for values in Scorer(model).score(group) for value in values]
+    requests = [request for group in groups for request in group]
+    starts = [sum(map(len, groups[:i])) for i in range(len(groups) + 1)]
+    calls = []
+    with model.model.register_forward_pre_hook(lambda *_: calls.append(1)):
+        scorer = Scorer(model)
+        calls.clear()
+        found = scorer.score(requests, groups=[list(range(a, b)) for a, b in pairwise(starts)])
+    assert [value for values in found for value in values] == pytest.approx(apart, abs=0.3)
+    assert len(calls) <= 4 if letters else 6
 
 
 def test_a_batch_that_does_not_fit_is_halved(model):
