@@ -4,15 +4,18 @@
     python evaluate_beside_lm_eval.py --model DIR --data-dir mmlu --dtype bfloat16 --device cuda
 
 --data-dir has the official CSV files (dev/ and test/). Both get lm-evaluation-harness's own MMLU prompt, five solved
-examples, and each a process of its own, so that memory and start-up are its own. Printed, and written to --output:
-questions a second (tokenising and model, without start-up; and of the whole process), peak memory, accuracy, and how
-far the log-probabilities of the choices are apart. Where other programs share the machine, compare processor seconds.
+examples, and each a process of its own, so that memory and start-up are its own. Each first answers --warm-up
+questions of two subjects, so that `seconds` (tokenising and model) hold no loading of libraries and no compiling of
+kernels; `whole_seconds`, of the process, hold everything. Printed, and written to --output: questions a second, peak
+memory, accuracy, and how far the log-probabilities of the choices are apart. Where other programs share the machine,
+compare processor seconds.
 
 --without-reuse also runs calsmooth with every prompt in full. A model folder without weights is given random ones.
 """
 
 import argparse
 import csv
+import gc
 import importlib.metadata
 import json
 import os
@@ -56,6 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("evaluate_beside_lm_eval.json"))
     parser.add_argument("--subjects", default="", help="separated by commas (default: all)")
     parser.add_argument("--limit", type=int, help="the first so many questions of each subject (default: all)")
+    parser.add_argument("--warm-up", type=int, default=8, help="questions of two subjects each, before the clock runs")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lm-eval-batch-size", default="1", help="a number, or auto")
@@ -82,15 +86,22 @@ def with_weights(model: Path, folder: Path) -> Path:
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> None:
-    """The chosen questions as official CSV files for one and as JSON Lines with a task file a subject for the other."""
+    """All chosen questions in the folder, and a few of two subjects in its folder `first`."""
+    all_subjects = (path.name.removesuffix("_test.csv") for path in (options.data_dir / "test").glob("*_test.csv"))
+    subjects = options.subjects.split(",") if options.subjects else sorted(all_subjects)
+    write_questions(options.data_dir, subjects, options.limit, folder)
+    write_questions(options.data_dir, subjects[:2], options.warm_up, folder / "first")
+
+
+def write_questions(data_dir: Path, subjects: list[str], limit: int | None, folder: Path) -> None:
+    """As official CSV files for one and as JSON Lines with a task file a subject for the other."""
     for name in ("mmlu/test", "mmlu/dev", "tasks"):
         (folder / name).mkdir(parents=True)
-    all_subjects = (path.name.removesuffix("_test.csv") for path in (options.data_dir / "test").glob("*_test.csv"))
-    for subject in options.subjects.split(",") if options.subjects else sorted(all_subjects):
+    for subject in subjects:
         files = {}
-        for split, limit in (("dev", None), ("test", options.limit)):
-            with open(options.data_dir / split / f"{subject}_{split}.csv", encoding="utf-8", newline="") as file:
-                rows = [row for row in csv.reader(file) if row][:limit]
+        for split, most in (("dev", None), ("test", limit)):
+            with open(data_dir / split / f"{subject}_{split}.csv", encoding="utf-8", newline="") as file:
+                rows = [row for row in csv.reader(file) if row][:most]
             with open(folder / "mmlu" / split / f"{subject}_{split}.csv", "w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows(rows)
             lines = [
@@ -193,13 +204,19 @@ def calsmooth_work(options: argparse.Namespace) -> dict[str, Any]:
     from calsmooth.cli.app import app
     from calsmooth.evaluate import run as evaluation
 
-    clock = Clock()
+    shared = ["evaluate", "--model", options.model, "--task", "mmlu", "--prompt-style", "lm-eval", "--quiet"]
+    shared += ["--dtype", options.dtype, "--device", options.device]
+    shared += ["--no-reuse"] if options.work == "without reuse" else []
+
+    def evaluate(data: Path, output: Path) -> None:
+        app([*map(str, shared), "--data-dir", str(data), "--output", str(output)], standalone_mode=False)
+
+    name = options.work.replace(" ", "-")
+    evaluate(options.folder / "first", options.folder / f"first-{name}")
+    gc.collect()  # its model, which the next one needn't lie beside
+    clock, output = Clock(), options.folder / name
     evaluation.perform = clock.on(evaluation.perform)
-    output = options.folder / options.work.replace(" ", "-")
-    flags = ["--model", options.model, "--task", "mmlu", "--data-dir", options.folder, "--prompt-style", "lm-eval"]
-    flags += ["--dtype", options.dtype, "--device", options.device, "--output", output, "--quiet"]
-    flags += ["--no-reuse"] if options.work == "without reuse" else []
-    app(["evaluate", *map(str, flags)], standalone_mode=False)
+    evaluate(options.folder, output)
     results = json.loads((output / "results.json").read_text())
     predictions = map(json.loads, (output / "predictions.jsonl").read_text().splitlines())
     task = results["tasks"]["mmlu"]
@@ -234,18 +251,23 @@ def lm_eval_work(options: argparse.Namespace) -> dict[str, Any]:
         device=options.device,
         batch_size=size if size == "auto" else int(size),
     )
+
+    def evaluate(folder: Path) -> dict[str, Any]:
+        found = simple_evaluate(
+            model=model,
+            tasks=sorted(path.stem for path in (folder / "tasks").glob("*.yaml")),
+            num_fewshot=5,
+            bootstrap_iters=0,
+            log_samples=True,
+            task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False),
+        )
+        return dict(found["samples"])
+
+    evaluate(options.folder / "first")
     clock, forward_clock = Clock(), Clock()
     model.loglikelihood = clock.on(model.loglikelihood)  # tokenising and model
     model._loglikelihood_tokens = forward_clock.on(model._loglikelihood_tokens)
-    tasks = sorted(path.stem for path in (options.folder / "tasks").glob("*.yaml"))
-    found = simple_evaluate(
-        model=model,
-        tasks=tasks,
-        num_fewshot=5,
-        bootstrap_iters=0,
-        log_samples=True,
-        task_manager=TaskManager(include_path=str(options.folder / "tasks"), include_defaults=False),
-    )
+    found = evaluate(options.folder)
     on_gpu = options.device.startswith("cuda")
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
@@ -260,8 +282,8 @@ def lm_eval_work(options: argparse.Namespace) -> dict[str, Any]:
                 "logprobs": [float(response[0]) for response in sample["filtered_resps"]],
                 "gold": sample["doc"]["answer"],
             }
-            for task in tasks
-            for sample in found["samples"][task]
+            for task, samples in found.items()
+            for sample in samples
         },
     }
 
