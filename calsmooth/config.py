@@ -128,6 +128,20 @@ def load_grid(cls: type[T], flags: Mapping[str, Any], file: Path | None) -> list
     return [(values, cls(**fixed, **flags, **values)) for values in combinations]
 
 
+def from_flag(cls: type[Settings], name: str, given: Any) -> Any:
+    """A field's value from what stands behind its flag; of a field with several, a list whose parts commas separate.
+
+    Raises:
+        UsageError: it has the wrong type.
+    """
+    element, is_tuple, _ = field_type(cls, name)
+    where = flag_name(cls.__dataclass_fields__[name])
+    if not is_tuple:
+        return _coerce_one(element, given, where)
+    items = [part.strip() for item in given for part in str(item).split(",") if part.strip()]
+    return tuple(_coerce_one(element, item, where) for item in items) or None
+
+
 def flag_name(f: "dataclasses.Field[Any]") -> str:
     """The name by which messages call a field: its flag, or its metavar where it is a positional argument."""
     if f.metadata.get("argument"):
@@ -155,6 +169,8 @@ def _read_yaml(cls: type[Settings], file: Path) -> dict[str, Any]:
         text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--config {file}: can't be read ({error.strerror}); give an existing YAML file") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--config {file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -105,12 +105,16 @@ def run_folder(output: Path | None, default_name: str) -> Path:
     is taken, so that the same command can be repeated and nothing is overwritten.
 
     Raises:
-        UsageError: the named folder holds files already, or is a file.
+        UsageError: the named folder holds files already, is a file or can't be written.
+        CalsmoothError: the folder can't be made.
     """
     if output is None:
         output = next(p for p in _numbered(Path("runs") / default_name) if not _occupied(p))
     check_run_folder(output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CalsmoothError(f"--output {output}: can't be made ({error.strerror}); give another folder") from None
     return output
 
 
@@ -118,8 +122,13 @@ def check_run_folder(output: Path, flag: str = "--output") -> None:
     """For commands that work for long before they write: is the folder that the user named empty or new?
 
     Raises:
-        UsageError: it holds files already, or is a file.
+        UsageError: it holds files already, is a file, or can't be written.
     """
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"{flag} {output}: {'' if there == output else f'{there} '}is a file; give a new folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{flag} {output}: {there} can't be written; give another folder")
     if _occupied(output):
         raise UsageError(f"{flag} {output}: holds files already; give an empty or new folder")
 

@@ -113,6 +113,23 @@ def load_model(
     return model.to(device).eval()
 
 
+def check_vocabulary(name: str, config: "PreTrainedConfig", highest: int) -> None:
+    """Refuse tokens that the model has no embedding for, which a GPU would answer with an assertion of its own.
+
+    highest: of the token ids that the model is to read, its padding token's included where it pads. (Of those that its
+    tokenizer could give some may lie beyond: Gemma 3's text models have no embedding for a picture.)
+
+    Raises:
+        CalsmoothError: tokenizer and weights aren't of one model.
+    """
+    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    if size is not None and highest >= size:
+        raise CalsmoothError(
+            f"--model {name}: its tokenizer gives token {highest} and the model knows {size:,}, from 0 on; take the "
+            f"tokenizer that belongs to it, or resize its embeddings if a token was added"
+        )
+
+
 def model_fingerprint(name: str, model: "PreTrainedModel") -> str:
     """What a loaded model is, whatever it is called: its commit on the hub, or the SHA-256 of its folder's files.
 

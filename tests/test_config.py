@@ -112,6 +112,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load(Example, {}, tmp_path / "none.yaml")
 
 
+def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("task: [café]".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"latin\.yaml: not UTF-8 text .* at byte 10"):
+        load(Example, {}, tmp_path / "latin.yaml")
+
+
 def test_not_a_number_is_out_of_every_range() -> None:
     with pytest.raises(UsageError):
         Example(beta=float("nan"))

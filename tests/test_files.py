@@ -83,8 +83,23 @@ def test_a_named_folder_with_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     with pytest.raises(UsageError, match="holds files already"):
         files.run_folder(tmp_path, "x")
-    with pytest.raises(UsageError, match="holds files already"):
+    with pytest.raises(UsageError, match="is a file"):
         files.run_folder(tmp_path / "a", "x")
+    with pytest.raises(UsageError, match=r"a/b/c: .*/a is a file"):
+        files.run_folder(tmp_path / "a" / "b" / "c", "x")
+
+
+def test_a_folder_that_cant_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # root may write anywhere
+        patch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        with pytest.raises(UsageError, match=f"--bake {tmp_path}/new: {tmp_path} can't be written"):
+            files.check_run_folder(tmp_path / "new", "--bake")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(full))
+    with pytest.raises(CalsmoothError, match=r"new: can't be made \(No space left"):
+        files.run_folder(tmp_path / "new", "x")
 
 
 def test_one_variable_says_where_things_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

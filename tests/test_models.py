@@ -57,3 +57,10 @@ def test_devices_and_dtypes() -> None:
         models.pick_device("gpu")
     with pytest.raises(UsageError, match="not available here"):
         models.pick_device("cuda:99")
+
+
+def test_tokens_without_an_embedding_are_refused() -> None:
+    config = models.load_config("demo")
+    models.check_vocabulary("demo", config, config.vocab_size - 1)
+    with pytest.raises(CalsmoothError, match=f"--model demo: its tokenizer gives token {config.vocab_size} and"):
+        models.check_vocabulary("demo", config, config.vocab_size)

@@ -131,4 +131,8 @@ class BenchConfig(Settings):
         if self.model is not None and (self.preset or self.vocab or self.hidden or self.softcap is not None):
             raise UsageError("--model brings its own sizes; leave out --preset, --vocab, --hidden and --softcap")
         if self.text is not None and not self.text.is_file():
-            raise UsageError(f"--text {self.text}: no such file")
+            what = "is a folder; give a file" if self.text.is_dir() else "no such file"
+            raise UsageError(f"--text {self.text}: {what}")
+        ours = "--mode" if self.mode else "--filter-eps" if self.filter_eps != (DEFAULT_FILTER_EPS,) else None
+        if ours and self.method and "calsmooth" not in self.method:
+            raise UsageError(f"{ours} is for the method calsmooth, which --method leaves out; add it, or drop {ours}")

@@ -113,7 +113,7 @@ def model_inputs(model_name: str, text: Path, tokens: int, *, dtype: torch.dtype
         UsageError: the text has too few tokens, or the model's head has a bias.
         CalsmoothError: the file isn't text, or the model's logits aren't a (softcapped) product with its head.
     """
-    from calsmooth.models import load_model, load_tokenizer, model_label
+    from calsmooth.models import check_vocabulary, load_model, load_tokenizer, model_label
 
     try:
         content = text.read_text(encoding="utf-8")
@@ -126,6 +126,7 @@ def model_inputs(model_name: str, text: Path, tokens: int, *, dtype: torch.dtype
     available = sum(len(window) - 1 for window in windows)
     if available < tokens:
         raise UsageError(f"--text {text}: gives {available} tokens with a next one, --tokens asks for {tokens}")
+    check_vocabulary(model_name, model.config, int(ids.max()))
 
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:

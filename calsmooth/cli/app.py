@@ -72,7 +72,9 @@ def main() -> None:
         code = _end(_describe_os_error(error), 1, debug)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of Typer's own
-            code = _end(f"{error.format_message()} (see calsmooth --help)", error.exit_code, debug)
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context is not None else "calsmooth"
+            code = _end(f"{error.format_message()} (see {command} --help)", error.exit_code, debug)
         else:
             code = _end(f"{type(error).__name__}: {_first_line(error)} (--debug shows where)", 1, debug)
     sys.exit(code if isinstance(code, int) else 0)

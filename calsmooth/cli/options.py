@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from calsmooth import console
-from calsmooth.config import Settings, field_type, load, load_grid
+from calsmooth.config import Settings, field_type, from_flag, load, load_grid
 
 C = TypeVar("C", bound=Settings)
 
@@ -49,7 +49,7 @@ def settings_command(
             given.pop("debug")  # read by `main`, which decides what an error looks like
             file = given.pop("config")
             console.configure(json=json, quiet=quiet)
-            flags = {key: _from_flag(config_class, key, value) for key, value in given.items()}
+            flags = {key: from_flag(config_class, key, value) for key, value in given.items() if value is not None}
             grid = load_grid(config_class, flags, file) if sweep else [({}, load(config_class, flags, file))]
             if sweep is not None and grid[0][0]:
                 sweep(grid, Output(json=json))
@@ -80,23 +80,6 @@ def _with_short_help(off: frozenset[str]) -> type[TyperCommand]:
     return Command
 
 
-def _from_flag(config_class: type[Settings], name: str, value: Any) -> Any:
-    element, is_tuple, _ = field_type(config_class, name)
-    if not is_tuple or value is None:
-        return value
-    # A repeated flag or a comma-separated list: --task mmlu --task demo, --vocab 32000,64000.
-    items = [part.strip() for item in value for part in str(item).split(",") if part.strip()]
-    if not items:
-        return None
-    try:
-        return tuple(element(item) for item in items)
-    except ValueError:
-        raise typer.BadParameter(
-            f"expected {element.__name__} values separated by commas, got {','.join(map(str, value))!r}",
-            param_hint=f"--{name.replace('_', '-')}",
-        ) from None
-
-
 def _parameter(config_class: type[Settings], f: "Field[Any]") -> inspect.Parameter:
     element, is_tuple, _ = field_type(config_class, f.name)
     m = f.metadata
@@ -119,8 +102,8 @@ def _parameter(config_class: type[Settings], f: "Field[Any]") -> inspect.Paramet
         # What a file switches on, a flag can switch off.
         flags = m["flags"] or ((f"--{dashed}/--no-{dashed}",) if element is bool else (f"--{dashed}",))
         info = typer.Option(*flags, **common)
-    # Unset flags arrive as None, so that a YAML value can be told from a default.
-    annotation: Any = (list[str] if is_tuple else element) | None
+    # Unset flags arrive as None, so that a YAML value can be told from a default. Numbers are read as in a YAML file.
+    annotation: Any = (list[str] if is_tuple else str if element in (int, float) else element) | None
     return inspect.Parameter(
         f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, info]
     )

@@ -230,10 +230,10 @@ def _from_datasets(source: Source, streaming: bool) -> Part:
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         why = " ".join(str(error).split())[:200] if online else "the hub can't be reached and the cache doesn't hold it"
-        raise CalsmoothError(
-            f"--dataset {source.place}: could not be loaded: {why}; check the name, --split and the network, "
-            "or give a local file"
-        ) from error
+        then = "check the name, --split and the network, or give a local file"
+        if folder.is_dir():
+            then = "expected JSON, JSONL, CSV or parquet files there, named after their split where there are several"
+        raise CalsmoothError(f"--dataset {source.place}: could not be loaded: {why}; {then}") from error
 
     def read() -> Iterator[Row | BadRow]:
         for number, row in enumerate(rows, 1):

@@ -20,7 +20,15 @@ from calsmooth.entropy_bound.measure import Measurement, measure
 from calsmooth.entropy_bound.plot_models import plot_models
 from calsmooth.entropy_bound.texts import BUILT_IN_TEXT, read_text, take_tokens, text_examples
 from calsmooth.files import check_run_folder, run_folder, write_json, write_text
-from calsmooth.models import BUILT_IN, load_model, load_tokenizer, model_label, pick_device, pick_dtype
+from calsmooth.models import (
+    BUILT_IN,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    model_label,
+    pick_device,
+    pick_dtype,
+)
 from calsmooth.plots import save_figure
 
 if TYPE_CHECKING:
@@ -63,6 +71,7 @@ def run(config: EntropyBoundConfig) -> tuple[list[MeasuredModel], list[Path]]:
         examples = _examples(
             text, dataset, tokenizer, min(config.max_length, room or config.max_length), config.max_tokens
         )
+        check_vocabulary(name, model.config, max((max(e.input_ids) for e in examples), default=0))
         with console.progress(label, sum(example.target_tokens for example in examples)) as advance:
             m = measure(model, examples, advance=advance)
         del model  # before the next one is loaded

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calsmooth.config import Settings, setting
+from calsmooth.config import Settings, flag_name, setting
 from calsmooth.data.sources import source_text
 from calsmooth.errors import UsageError
 from calsmooth.models import BUILT_IN
@@ -292,8 +292,8 @@ class FinetuneConfig(Settings):
         if isinstance(self.dataset, str):  # from Python one source may be given as it is
             object.__setattr__(self, "dataset", (self.dataset,))
         super().__post_init__()
-        if self.lora_merge and self.lora_rank is None:
-            raise UsageError("--lora-merge needs --lora-rank; without adapters there is nothing to merge")
+        if self.lora_rank is None:
+            self._refuse(("lora_alpha", "lora_dropout", "lora_targets", "lora_merge"), "adapters need --lora-rank")
         changed = self.logit_temperature != 1.0 or self.logit_softcap is not None
         if changed and self.lora_rank is not None and not self.lora_merge:
             raise UsageError(
@@ -304,8 +304,20 @@ class FinetuneConfig(Settings):
         if self.min_lr and self.scheduler not in ("cosine", "warmup_stable_decay"):
             raise UsageError(f"--min-lr: the {self.scheduler} schedule ends at 0; take cosine or warmup_stable_decay")
 
+        if self.scheduler != "warmup_stable_decay":
+            self._refuse(("decay",), "goes with --scheduler warmup_stable_decay")
+        if not self.eval_task:
+            self._refuse(("eval_data_dir", "eval_limit"), "tasks are named with --eval-task")
         if self.streaming:
             self._check_stream()
+        else:
+            self._refuse(("shuffle_buffer",), "goes with --streaming")
+
+    def _refuse(self, names: tuple[str, ...], why: str) -> None:
+        """What was asked for and would have no effect."""
+        for f in dataclasses.fields(self):
+            if f.name in names and getattr(self, f.name) != f.default:
+                raise UsageError(f"{flag_name(f)}: {why}; add that, or leave it out")
 
     def _check_stream(self) -> None:
         if self.max_steps is None:

@@ -18,7 +18,7 @@ from calsmooth.finetune.evaluation import choose_held_out
 from calsmooth.finetune.fit import fastest, micro_batch_candidates, packed_tokens
 from calsmooth.finetune.order import EpochOrder
 from calsmooth.finetune.stream import StepStream
-from calsmooth.models import load_tokenizer, pick_device, pick_dtype
+from calsmooth.models import check_vocabulary, load_config, load_tokenizer, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,6 +132,8 @@ def prepare(config: FinetuneConfig, processes: int = 1) -> "tuple[Plan, PreTrain
     else:
         endless = None
         examples = load_example_set(config.dataset, tokenizer, limit=config.limit, cache=config.cache, **reading)
+    highest = max(int(examples.examples.tokens.max()), tokenizer.pad_token_id or 0)
+    check_vocabulary(config.model, load_config(config.model, config.revision), highest)
     held_out, evaluation = _held_out(config, examples, tokenizer)
     order = epoch_order(config, examples, held_out)
     steps = epochs * -(-len(order) // batch_size)

@@ -75,6 +75,8 @@ def test_json_is_alone_on_standard_output(tmp_path):
         (("--model", "m"), "--text FILE"),
         (("--text", "t.txt"), "--model DIR"),
         (("--model", "m", "--text", "missing.txt"), "no such file"),
+        (("--model", "m", "--text", "."), "is a folder; give a file"),
+        (("--method", "eager", "--mode", "exact"), "--mode is for the method calsmooth"),
         (("--model", "m", "--text", "t.txt", "--vocab", "100"), "brings its own sizes"),
         (("--method", "liger-kernel", "--vocab", "100"), "no method is left"),
         (("--vocab", "16000000", "--hidden", "65536", "--tokens", "1"), "free; give smaller sizes"),

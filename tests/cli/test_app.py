@@ -69,8 +69,11 @@ def test_version() -> None:
     ("arguments", "code", "message"),
     [
         (["finetune", "--beta", "1.5"], 2, "error: --beta must be at least 0 and below 1, got 1.5"),
-        (["finetune", "--beta", "much"], 2, "--beta"),
-        (["finetune", "--bta", "0.1"], 2, "--bta"),
+        (["finetune", "--beta", "much"], 2, "error: --beta must be a number, got 'much'"),
+        (["finetune", "--limit", "1.5"], 2, "error: --limit must be a whole number, got '1.5'"),
+        (["bench", "--vocab", "100,many"], 2, "error: --vocab must be a whole number, got 'many'"),
+        (["finetune", "--bta", "0.1"], 2, "No such option: --bta"),
+        (["bench", "more"], 2, "calsmooth bench --help)"),
         (["fine"], 2, "fine"),
         (["finetune", "--config", "none.yaml"], 2, "none.yaml: can't be read"),
         (["evaluate", "--model", "./none"], 2, "--model ./none: no such folder"),

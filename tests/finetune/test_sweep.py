@@ -32,9 +32,8 @@ def measured(config: FinetuneConfig) -> Row:
 
 
 def test_runs_are_named_after_what_distinguishes_them(tmp_path: Path) -> None:
-    asked = grid(
-        tmp_path, beta=[0, 0.1], lr=["2e-5", 1e-3], model=["demo", "org/other-1B"], lora_targets=[["q"], ["a", "b"]]
-    )
+    models, targets = ["demo", "org/other-1B"], [["q"], ["a", "b"]]
+    asked = grid(tmp_path, beta=[0, 0.1], lr=["2e-5", 1e-3], model=models, lora_targets=targets, lora_rank=2)
     names = [child.name for child in children(asked, tmp_path)]
     assert len(names) == len(set(names)) == 16
     assert names[0] == "beta0-lr2e-05-modeldemo-lora_targetsq"

@@ -164,7 +164,11 @@ def test_a_missing_package_is_named_before_any_work(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_merge": True}, "--lora-merge needs --lora-rank"),
+        ({"lora_merge": True}, "--lora-merge: adapters need --lora-rank; add that, or leave it out"),
+        ({"lora_alpha": 16.0}, "--lora-alpha: adapters need --lora-rank"),
+        ({"eval_limit": 3}, "--eval-limit: tasks are named with --eval-task"),
+        ({"decay": 0.1}, "--decay: goes with --scheduler warmup_stable_decay"),
+        ({"shuffle_buffer": 7}, "--shuffle-buffer: goes with --streaming"),
         ({"lora_rank": 2, "logit_temperature": 2.0}, "adapters can't hold it; .*--lora-merge"),
         ({"eval_dataset": "x.jsonl"}, "--eval-dataset is measured by --eval-every"),
         ({"min_lr": 0.1}, "--min-lr: the linear schedule ends at 0"),
