@@ -1,6 +1,7 @@
 """The `calsmooth` command: collects the five commands and turns every error into one line and an exit code."""
 
 import errno
+import logging
 import os
 import sys
 from typing import Annotated
@@ -56,6 +57,7 @@ def main() -> None:
         # Their notices and loading bars would drown ours; download bars stay, because downloads take long.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False)
     except CalsmoothError as error:

@@ -1,13 +1,16 @@
 """A plan in the words of transformers: TrainingArguments."""
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from calsmooth import console
 from calsmooth.errors import UsageError
+from calsmooth.finetune.checkpoints import brief
 from calsmooth.finetune.config import FinetuneConfig
 from calsmooth.finetune.plan import Plan
 from calsmooth.finetune.zero3 import CONFIGURATION
@@ -97,6 +100,34 @@ def check_installed(config: FinetuneConfig) -> None:
         if importlib.util.find_spec(package) is None:
             install = "'calsmooth[lora]'" if package == "peft" else package
             raise UsageError(f"{flag} {value}: {package} isn't installed; pip install {install}")
+
+
+def check_optimizer(config: FinetuneConfig, device: torch.device) -> None:
+    """Does bitsandbytes take a step with this optimizer on this device? Tried on one matrix, before there is a model.
+
+    Raises:
+        UsageError: it doesn't, as older versions don't on CPUs.
+    """
+    if config.optimizer not in FROM_BITSANDBYTES:
+        return
+    import bitsandbytes
+
+    kind = bitsandbytes.optim.Lion if "lion" in config.optimizer else bitsandbytes.optim.AdamW
+    # Large enough to be kept in 8 bits and in pages.
+    matrix = torch.nn.Parameter(torch.zeros(512, 512, device=device))
+    matrix.grad = torch.ones_like(matrix)
+    bits, paged = 8 if "8bit" in config.optimizer else 32, "paged" in config.optimizer
+    if paged and device.type == "cpu":
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    try:
+        kind([matrix], optim_bits=bits, is_paged=paged).step()
+    except (NotImplementedError, RuntimeError, AttributeError) as error:  # None where a function isn't in its library
+        raise UsageError(
+            f"--optimizer {config.optimizer}: bitsandbytes {bitsandbytes.__version__} has no such step on {device} "
+            f"({brief(error)}); take --optimizer adamw, or a newer bitsandbytes"
+        ) from error
+    if paged and device.type == "cpu":
+        console.say(f"--optimizer {config.optimizer}: a CPU has no pages to move; its state stays in main memory.")
 
 
 def _parallel(config: FinetuneConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from calsmooth import console
 from calsmooth.environment import describe_device, environment, peak_memory
 from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.files import check_run_folder, read_json, run_folder, write_json, write_text
-from calsmooth.finetune.arguments import check_installed, training_arguments
+from calsmooth.finetune.arguments import check_installed, check_optimizer, training_arguments
 from calsmooth.finetune.checkpoints import check_whole, checkpoints
 from calsmooth.finetune.compiled import compiled_layers
 from calsmooth.finetune.config import FinetuneConfig
@@ -100,6 +100,10 @@ def _run(
         return FinetuneResult(begun, read_json(begun / "summary.json"))
     check_installed(config)
     device = training_device(config, processes)
+    processes.by_first(lambda: check_optimizer(config, device))
+    if device.type == "cpu":
+        # Where DeepSpeed is installed, accelerate loads it for any run; it would take a GPU, or say that it found none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     plan, tokenizer = processes.after_first(lambda: prepare(config, processes.count))
     if begun is not None:
         check_same_data(plan, begun)
@@ -111,7 +115,7 @@ def _run(
     folder, checkpoint, done = processes.by_first(lambda: _start(plan, begun, device, given))
     if config.parallel == "zero3" and checkpoint is not None:
         processes.by_first(lambda: check_checkpoint(checkpoint, processes))
-    with deepspeed(device) if config.parallel == "zero3" else nullcontext():
+    with deepspeed() if config.parallel == "zero3" else nullcontext():
         summary, weights = _train(plan, model, trained, tokenizer, folder, checkpoint, done, device, processes)
     summary["probe"] = vars(found)
     if processes.first:

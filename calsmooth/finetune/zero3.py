@@ -39,7 +39,7 @@ CONFIGURATION: dict[str, Any] = {
 
 
 @contextmanager
-def deepspeed(device: torch.device) -> Iterator[None]:
+def deepspeed() -> Iterator[None]:
     """Within the block the Trainer may use DeepSpeed; behind it, what it leaves behind in this process is gone.
 
     While its configuration is there, transformers shards every model that it loads, and accelerate takes every Trainer
@@ -48,8 +48,6 @@ def deepspeed(device: torch.device) -> Iterator[None]:
     from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # it would take a GPU that it sees
     talkative = [logging.getLogger(name) for name in ("DeepSpeed", "accelerate.accelerator")]
     levels = [log.level for log in talkative]
     for log in talkative:
