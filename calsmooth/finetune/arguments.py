@@ -65,10 +65,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=int(config.save_every or 0),
         save_total_limit=None,
-        # TensorBoard's files go into the run's folder, so that its callback is added by hand.
-        report_to=[name for name in config.report_to if name != "tensorboard"],
-        run_name=folder.name,
-        project="calsmooth",
+        report_to=[],  # calsmooth.finetune.trackers
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",

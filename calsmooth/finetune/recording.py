@@ -23,10 +23,10 @@ Record = Callable[[dict[str, Any]], None]
 
 
 @contextmanager
-def metrics_recorder(path: Path, done: int, steps: int, writes: bool = True) -> Iterator[Record]:
-    """Yields `record(values)`, which appends a line to the file and shows it. done: steps that were taken before.
+def metrics_recorder(path: Path, done: int, steps: int, report: Record, writes: bool = True) -> Iterator[Record]:
+    """Yields `record(values)`, which appends a line to the file, shows it and hands it to `report`.
 
-    writes: whether this process does so at all.
+    done: steps that were taken before. writes: whether this process does so at all.
 
     Raises:
         CalsmoothError: from `record`, if the line can't be written.
@@ -51,6 +51,7 @@ def metrics_recorder(path: Path, done: int, steps: int, writes: bool = True) -> 
                     f"step {values['step']}: {path} can't be written ({error.strerror}); make room and go on with "
                     "--resume: checkpoints are whole"
                 ) from error
+            report(values)
             if "eval_nll" in values:
                 console.say(evaluation_line(values))
                 return

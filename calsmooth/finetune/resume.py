@@ -23,7 +23,7 @@ DATA = "data.json"
 """What the run's data came to, so that it isn't gone on with on other data."""
 
 # Where a run lies and how it is watched may differ when it is resumed; what it computes may not.
-FREE_ON_RESUME = {"cache", "output", "resume", "dry_run", "keep_last", "log_every", "save_every"}
+FREE_ON_RESUME = {"cache", "output", "resume", "dry_run", "keep_last", "log_every", "save_every", "report_to"}
 
 
 def find_run(config: FinetuneConfig) -> Path | None:

@@ -46,6 +46,7 @@ from calsmooth.finetune.resume import (
     write_data_summary,
 )
 from calsmooth.finetune.stopping import StoppedError, stop_requests
+from calsmooth.finetune.trackers import check_login, reports
 from calsmooth.finetune.trainer import SFTTrainer
 from calsmooth.finetune.zero3 import check_checkpoint, deepspeed
 from calsmooth.models import load_config, load_model, pick_device, pick_dtype
@@ -99,6 +100,7 @@ def _run(
         console.say(f"{begun} is complete already; nothing to resume.")
         return FinetuneResult(begun, read_json(begun / "summary.json"))
     check_installed(config)
+    processes.by_first(lambda: check_login(config))
     device = training_device(config, processes)
     processes.by_first(lambda: check_optimizer(config, device))
     if device.type == "cpu":
@@ -219,7 +221,8 @@ def _train(
     trained_parameters = sum(p.numel() for p in trained.parameters() if p.requires_grad)  # DeepSpeed leaves them empty
     use_cache = model.config.use_cache  # the Trainer switches it off, and the saved model would generate slowly
     with (
-        metrics_recorder(folder / METRICS, done, plan.steps, writes=processes.first) as record,
+        reports(config, folder, done, writes=processes.first) as report,
+        metrics_recorder(folder / METRICS, done, plan.steps, report, writes=processes.first) as record,
         stop_requests() as stop,
         _layers(config, model),
         fused_loss(model, config.beta, mode=config.loss_mode, temperature=config.logit_temperature),
