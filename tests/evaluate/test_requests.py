@@ -75,7 +75,7 @@ def test_a_token_that_spans_the_seam_belongs_to_the_continuation(tokenizer):
     assert len(request.context) < len(tokenizer("the Ans")["input_ids"])
 
 
-PIECE = st.text(st.sampled_from(" \nAnswer:roofblueTh."), max_size=12)
+PIECE = st.text(st.sampled_from(" \n\nAnswer:roofblueTh."), max_size=12)
 ANSWER = st.text(st.sampled_from(" Answerblue."), min_size=1, max_size=6)
 
 
@@ -97,6 +97,46 @@ def test_any_text_is_tokenised_whole_and_scored_from_where_the_answer_begins(tok
         tail = tokenizer.decode(request.continuations[k][scored.start :])
         assert tail.endswith(answer)
         assert (before + answer).endswith(tail)
+
+
+@given(
+    heads=st.lists(PIECE, min_size=1, max_size=3),
+    lasts=st.lists(st.tuples(PIECE, ANSWER), min_size=1, max_size=4),
+    between=st.sampled_from(["\n\n", "\n", "\n\n\n", " \n\n", "\n\n "]),
+)
+@settings(max_examples=100, deadline=None)
+def test_what_prompts_share_is_tokenised_once_and_as_in_the_whole(tokenizer, heads, lasts, between):
+    encode = Encoder(tokenizer, None)
+    assert encode._heads is not None
+    for head in heads:
+        for last, answer in lasts:
+            text = f"{head}{between}{last}"
+            request = encode(Prompt(lambda k, text=text: text, 0, (answer, answer + "s")))
+            whole = tokenizer(text + answer)["input_ids"]
+            assert (request.context + request.continuations[0])[-len(whole) :] == whole
+
+
+def test_nothing_is_shared_by_a_tokenizer_that_may_join_paragraphs(tokenizer):
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def made(split, **added):
+        words = Tokenizer(models.BPE({"x": 0, "a": 1, "Ċ": 2, "b": 3, "Ġ": 4}, []))
+        words.pre_tokenizer = split
+        if added:
+            words.add_tokens([AddedToken(**added)])
+        return Encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="x"), None)
+
+    assert made(pre_tokenizers.ByteLevel(add_prefix_space=False))._heads is not None
+    assert made(None)._heads is None
+    assert made(pre_tokenizers.Split(" ", "merged_with_previous"))._heads is None
+    assert made(pre_tokenizers.ByteLevel(add_prefix_space=False), content="\n\nHuman:")._heads is None
+    assert made(pre_tokenizers.ByteLevel(add_prefix_space=False), content="Human", lstrip=True)._heads is None
+    # One that puts a space before every text: what is tokenised alone isn't how it stands in the whole.
+    spaced = made(pre_tokenizers.ByteLevel(add_prefix_space=True))
+    prompt = Prompt(lambda k: "a\n\na", 0, ("b", "a"))
+    assert spaced(prompt).context == spaced.tokenizer("a\n\na")["input_ids"]
+    assert spaced._heads is None
 
 
 def test_a_beginning_token_is_added_once():

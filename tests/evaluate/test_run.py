@@ -158,6 +158,18 @@ def test_limit_and_dropped_shots_are_noted(config):
     assert {p.subject for p in result.predictions} == {"anatomy", "astronomy", "virology"}
 
 
+def test_one_question_that_is_too_long_leaves_the_others_their_shared_examples(config, data, tmp_path):
+    for split in ("dev", "test"):
+        lines = (data / "mmlu" / split / f"virology_{split}.csv").read_text()
+        (tmp_path / "mmlu" / split).mkdir(parents=True)
+        (tmp_path / "mmlu" / split / f"virology_{split}.csv").write_text(lines)
+    with open(tmp_path / "mmlu" / "test" / "virology_test.csv", "a") as file:
+        file.write(f"{'Which color is the sky and the roof? ' * 50},red,blue,None,9,B\n")
+    task = run(config(data_dir=tmp_path, max_length=450)).results["tasks"]["mmlu"]
+    assert (task["n"], task["prompts_with_dropped_shots"], task["prompts_truncated"]) == (10, 1, 1)
+    assert task["tokens_run"] < task["tokens_in_full"] / 2
+
+
 @pytest.mark.parametrize(
     ("kind", "note"),
     [
