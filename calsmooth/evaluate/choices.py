@@ -18,6 +18,7 @@ from calsmooth.evaluate.results import RESAMPLES, TaskResult, memory_note
 from calsmooth.evaluate.scoring import Scorer
 from calsmooth.evaluate.task import Task, TaskData
 from calsmooth.evaluate.units import Record, Unit, in_threads, packed, parts
+from calsmooth.models import check_vocabulary
 from calsmooth.plots import Reliability, prepare_reliability
 from calsmooth.records import Prediction
 
@@ -167,6 +168,7 @@ class Choices:
         scorer = self.scorer
         run, halved = scorer.tokens_run, scorer.batches.halvings
         requests = [request for _, request in asked]
+        check_vocabulary(self.config.model, scorer.model.config, max(map(_highest, requests), default=0))
         groups: dict[tuple, list[int]] = defaultdict(list)
         for i, (subject, request) in enumerate(zip(subjects, requests, strict=True)):
             # Prompts that lost solved examples, or their start, share less with the others.
@@ -219,6 +221,11 @@ def _counts(requests: Sequence[Request], tokens_run: int, halvings: int) -> dict
         "tokens_in_full": sum(map(_tokens_in_full, requests)),
         "halvings": halvings,
     }
+
+
+def _highest(request: Request) -> int:
+    """Of the token ids that the model is to read."""
+    return max(request.context + [token for continuation in request.continuations for token in continuation])
 
 
 def _tokens_in_full(request: Request) -> int:

@@ -14,6 +14,7 @@ from calsmooth.evaluate.next_token import TokenPredictor
 from calsmooth.evaluate.results import RESAMPLES, TaskResult, memory_note
 from calsmooth.evaluate.tasks import RESPONSES
 from calsmooth.evaluate.units import Record, Unit, parts
+from calsmooth.models import check_vocabulary
 from calsmooth.plots import prepare_reliability
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class Responses:
         return TaskResult(summary, panel, notes=notes)
 
     def _score(self, examples: Sequence["Example"], _: None, advance: Callable[..., None]) -> Record:
+        highest = max(token for example in examples for token in example.input_ids)
+        check_vocabulary(self.config.model, self.predictor.model.config, highest)
         halved = self.predictor.batches.halvings
         found = self.predictor.predict(examples, advance)
         statistics = np.stack([found.confidence, found.correct, found.nll, found.brier], axis=-1)

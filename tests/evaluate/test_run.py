@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from calsmooth import metrics
@@ -98,6 +99,15 @@ def test_json_is_alone_on_standard_output(model_folder, data, tmp_path):
     assert json.loads(done.stdout) == json.loads((tmp_path / "o" / "results.json").read_text())
 
 
+def test_a_tokenizer_of_another_model_is_named(config, model_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.resize_token_embeddings(20)
+    model.save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "small")
+    with pytest.raises(CalsmoothError, match=r"small: its tokenizer gives token \d+ and the model knows 20"):
+        run(config(model=str(tmp_path / "small")))
+
+
 def test_results_do_not_depend_on_batch_size_or_company(config, tmp_path):
     one = run(config(batch_size=1, output=tmp_path / "1")).predictions
     many = run(config(batch_size=64, output=tmp_path / "64")).predictions
@@ -112,7 +122,6 @@ def test_results_do_not_depend_on_batch_size_or_company(config, tmp_path):
 def test_predictions_are_the_models_own_log_probabilities(config, model_folder, data):
     """Rebuilt from the files and the published prompt, through nothing of ours but the model's files."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
 
