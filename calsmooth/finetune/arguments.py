@@ -29,6 +29,16 @@ OPTIMIZERS = {
 FROM_BITSANDBYTES = {"adamw_8bit", "paged_adamw_8bit", "lion", "lion_8bit", "paged_lion_8bit"}
 
 
+class _Arguments(TrainingArguments):
+    @property
+    def device(self) -> torch.device:
+        """Processors have no number: several processes get theirs as cpu:0, to which torch can't load what
+        transformers 5.17 wants there, the optimizer's state on resume.
+        """
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+
 def training_arguments(
     plan: Plan, folder: Path, device: torch.device, *, resumed: bool, some_unused: bool = False
 ) -> TrainingArguments:
@@ -37,7 +47,7 @@ def training_arguments(
     """
     config = plan.config
     schedule, schedule_options = _schedule(config, plan.steps)
-    arguments = TrainingArguments(
+    arguments = _Arguments(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.accumulation,

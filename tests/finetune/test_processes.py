@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from calsmooth.errors import CalsmoothError, UsageError
@@ -129,7 +131,8 @@ def done(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     torch.manual_seed(0)
     GraniteForCausalLM(
         GraniteConfig(
-            vocab_size=91,
+            # Older versions of transformers share out even heads only.
+            vocab_size=91 if Version(transformers.__version__) >= Version("5.23") else 92,
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=2,
