@@ -92,10 +92,8 @@ def run_sweep(grid: Grid, run_child: Callable[[FinetuneConfig], Row]) -> SweepRe
         CalsmoothError: every run failed.
         StoppedError: a run was asked to stop; the sweep goes on with --resume.
     """
-    if started_processes() > 1:
-        raise UsageError(
-            f"a sweep runs in one process, and {started_processes()} were started; start its runs one by one"
-        )
+    if (count := started_processes()) > 1:
+        raise UsageError(f"a sweep runs in one process, and {count} were started; start its runs one by one")
     first = grid[0][1]
     children(grid, Path())  # before anything is written
     folder = _folder(first)

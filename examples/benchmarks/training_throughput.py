@@ -104,32 +104,17 @@ SHAPES = {
         8,
     ),
 }
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 TINY = {
-    "tiny llama": (
-        lambda: transformers.LlamaConfig(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            tie_word_embeddings=True,
-        ),
-        2,
-    ),
-    "tiny gemma2": (
-        lambda: transformers.Gemma2Config(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            final_logit_softcapping=30.0,
-        ),
-        2,
-    ),
+    "tiny llama": (lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=True), 2),
+    "tiny gemma2": (lambda: transformers.Gemma2Config(**SMALL, head_dim=32, final_logit_softcapping=30.0), 2),
 }
 
 
