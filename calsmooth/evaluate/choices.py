@@ -225,7 +225,7 @@ def _counts(requests: Sequence[Request], tokens_run: int, halvings: int) -> dict
 
 def _highest(request: Request) -> int:
     """Of the token ids that the model is to read."""
-    return max(request.context + [token for continuation in request.continuations for token in continuation])
+    return max(map(max, (request.context, *request.continuations)))
 
 
 def _tokens_in_full(request: Request) -> int:
