@@ -94,12 +94,16 @@ def rms_calibration_error(confidence: ArrayLike, correct: ArrayLike, block: int 
 def rms_ce_hendrycks_test(confidence: ArrayLike, correct: ArrayLike, block: int = 100) -> float:
     """What the calibration script beside the original MMLU evaluation calls RMS: to compare with published tables.
 
-    It is (sum_b (n_b/N (acc_b - conf_b))^2)^(1/4) over int(N/block) bins whose edges are quantiles of the confidence:
-    the weights are squared and the root is taken twice, so that perfectly calibrated data scores about 0.06 at
-    N = 14,042 and the number can lie below ECE, which no root mean square can. Use `rms_calibration_error` for anything
-    else.
+    That script (github.com/hendrycks/test, calib_tools.py) takes the confidence for the probability of one of two
+    classes and judges the more probable one: a question with confidence p <= 0.5 enters as (1 - p, 1 - correct), as if
+    the model had betted against its own answer. Then it is (sum_b (n_b/N (acc_b - conf_b))^2)^(1/4) over int(N/block)
+    bins whose edges are quantiles: the weights are squared and the root is taken twice, so that perfectly calibrated
+    data scores about 0.06 at N = 14,042 and the number can lie below ECE, which no root mean square can. Use
+    `rms_calibration_error` for anything else.
     """
     p, y = _pairs(confidence, correct)
+    unlikely = p <= 0.5
+    p, y = np.where(unlikely, 1 - p, p), np.where(unlikely, 1 - y, y)
     blocks = len(p) // block
     starts = np.minimum(np.round(np.linspace(0, len(p), blocks, endpoint=False)).astype(np.int64), len(p) - 1)
     index = np.digitize(p, np.sort(p)[starts][1:])

@@ -53,12 +53,15 @@ def test_rms_of_a_length_that_100_does_not_divide():
 
 def test_legacy_rms_by_its_written_formula():
     confidence, correct = metrics.top_choice(*simulate(400, sharpen=2.0))
-    blocks = np.argsort(confidence).reshape(4, 100)
-    errors = [(100 / 400 * (correct[b].mean() - confidence[b].mean())) ** 2 for b in blocks]
+    # The more probable of "this answer is right" and "it is wrong".
+    stated, happened = np.maximum(confidence, 1 - confidence), np.where(confidence > 0.5, correct, 1 - correct)
+    assert (confidence <= 0.5).mean() > 0.02
+    blocks = np.argsort(stated).reshape(4, 100)
+    errors = [(100 / 400 * (happened[b].mean() - stated[b].mean())) ** 2 for b in blocks]
     assert metrics.rms_ce_hendrycks_test(confidence, correct) == pytest.approx(np.sqrt(np.sqrt(sum(errors))), abs=1e-12)
 
 
-@pytest.mark.parametrize(("n", "floor"), [(14042, 0.063), (10042, 0.067), (2376, 0.095)])
+@pytest.mark.parametrize(("n", "floor"), [(14042, 0.063), (10042, 0.068), (2376, 0.094)])
 def test_legacy_rms_of_perfectly_calibrated_data_is_far_from_zero(n, floor):
     values = [metrics.rms_ce_hendrycks_test(*metrics.top_choice(*simulate(n, seed=seed))) for seed in range(5)]
     assert np.mean(values) == pytest.approx(floor, abs=0.006)

@@ -5,6 +5,7 @@ original MMLU script's RMS gives on perfectly calibrated data; pytest asserts th
 """
 
 import importlib
+import importlib.util
 import sys
 import warnings
 from dataclasses import dataclass
@@ -124,6 +125,52 @@ def test_bootstrap_interval_matches_scipy():
     ).confidence_interval  # fmt: skip
     # Two draws of 1500: the ends are known to a few percent of the width.
     assert ours == pytest.approx([theirs.low, theirs.high], abs=0.1 * (ours[1] - ours[0]))
+
+
+def fixed(n, lowest, power):
+    """(confidence, correct) by a formula without a random generator, so that numbers made of them stay what they are.
+
+    Confidences spread evenly from `lowest` to 1; an answer of confidence p is right about p^power of the time.
+    """
+    i = np.arange(1, n + 1)
+    confidence = lowest + (1 - lowest) * (i * 0.6180339887498949 % 1)
+    return confidence, (i * 0.7548776662466927 % 1 < confidence**power).astype(np.float64)
+
+
+# What rmsce of calib_tools.py (github.com/hendrycks/test) gave on `fixed(n, lowest, power)`.
+HENDRYCKS = [
+    (2500, 0.25, 1.5, 0.08997378383375963),
+    (1234, 0.25, 0.6, 0.10714301873561462),
+    (950, 0.05, 1.0, 0.06656205206101816),
+    (700, 0.6, 2.0, 0.25236113057787307),
+    (60, 0.3, 1.0, 0.15262398372295538),
+]
+
+
+@pytest.mark.parametrize(("n", "lowest", "power", "expected"), HENDRYCKS)
+def test_legacy_rms_is_what_the_original_script_gave(n, lowest, power, expected):
+    assert metrics.rms_ce_hendrycks_test(*fixed(n, lowest, power)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_legacy_rms_is_what_the_original_script_gives(external_data):
+    path = external_data / "hendrycks_calibration" / "calib_tools.py"
+    if not path.is_file():
+        pytest.skip(f"{path}: not there")
+    spec = importlib.util.spec_from_file_location("calib_tools", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def check(confidence, correct):
+        # As its test_calibration.py calls it: a vector of confidences, and the answers as integers.
+        theirs = script.rmsce(correct.astype(int), confidence)
+        assert metrics.rms_ce_hendrycks_test(confidence, correct) == pytest.approx(theirs, abs=1e-12)
+
+    for n, lowest, power, _ in HENDRYCKS:
+        check(*fixed(n, lowest, power))
+    for n, k, seed, sharpen in [*CASES, (14_042, 4, 4, 0.1), (99, 4, 5, 1.0), (100, 2, 6, 1.0)]:
+        s = simulate(n, k, seed, sharpen)
+        check(s.confidence, s.correct)
+    check(np.repeat([0.25, 0.5, 0.75, 1.0], 60), np.tile([0.0, 1.0], 120))  # ties, and the middle itself
 
 
 def legacy_floor(n, seeds=20):
