@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from calsmooth.errors import CalsmoothError
 from calsmooth.files import read_jsonl, write_text
+
+ROUNDING = 0.01
+"""Nats by which a log-probability may lie above 0: a certain token's is the difference of two equal sums, which were
+rounded apart. Logits of a few hundred in float32 come to 1e-4. Such a value counts as 0; a greater one is a mistake."""
 
 _REQUIRED = ("task", "subject", "id", "logprobs", "gold")
 
@@ -41,7 +45,8 @@ def read_predictions(path: Path) -> list[Prediction]:
 
     Raises:
         CalsmoothError: the file is missing, empty, or a line lacks a field, has fewer than two choices, a
-            log-probability that isn't finite or is above 0, or a gold index outside its choices.
+            log-probability that isn't finite or is above 0 (by more than `ROUNDING`), or a gold index outside its
+            choices.
     """
     predictions = [_parse(value, f"{path}, line {number}") for number, value in read_jsonl(path)]
     if not predictions:
@@ -72,12 +77,15 @@ def _parse(value: Any, where: str) -> Prediction:
         task=str(value["task"]),
         subject=str(value["subject"]),
         id=str(value["id"]),
-        logprobs=tuple(map(float, logprobs)),
+        logprobs=_at_most_0(logprobs),
         gold=gold,
-        logprobs_per_byte=None if per_byte is None else tuple(map(float, per_byte)),
+        logprobs_per_byte=None if per_byte is None else _at_most_0(per_byte),
     )
 
 
 def _is_logprob(x: Any) -> bool:
-    # Rounding in the softmax may leave a certain choice a hair above 0.
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x <= 1e-6
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x <= ROUNDING
+
+
+def _at_most_0(logprobs: Sequence[float]) -> tuple[float, ...]:
+    return tuple(min(float(x), 0.0) for x in logprobs)

@@ -53,6 +53,15 @@ def test_bad_lines_are_named(tmp_path, change, message):
     assert f"{file}, line 3" in str(caught.value)
 
 
+def test_what_rounding_left_above_0_is_0(tmp_path):
+    file = tmp_path / "p.jsonl"
+    values = {"logprobs": [6.1e-5, 2.0**-18, -2.0], "logprobs_per_byte": [1e-5, -0.0, -1.0]}
+    file.write_text(json.dumps(GOOD | values))
+    (prediction,) = read_predictions(file)
+    assert prediction.logprobs == (0.0, 0.0, -2.0)
+    assert prediction.logprobs_per_byte == (0.0, 0.0, -1.0)
+
+
 def test_missing_fields_and_empty_files(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text(json.dumps({k: v for k, v in GOOD.items() if k != "gold"}))

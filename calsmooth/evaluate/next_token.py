@@ -52,7 +52,7 @@ class TokenPredictor:
 
         Raises:
             CalsmoothError: no row has a label, one row alone is too much for the memory, or a probability isn't a
-                number.
+                number from 0 to 1.
         """
         counts = [count_targets(example) for example in examples]
         first = np.concatenate([[0], np.cumsum(counts)])
@@ -77,7 +77,7 @@ class TokenPredictor:
                 f"not enough memory for one row of {longest:,} tokens; give a smaller --max-length"
             ) from error
         if not bool(found.isfinite().all()):
-            raise CalsmoothError("the model gave a probability that is not a number; try --dtype float32")
+            raise CalsmoothError("the model gave a probability that is not a number from 0 to 1; try --dtype float32")
         confidence, correct, nll, brier = found.numpy().T
         return TokenPredictions(confidence, correct, nll, brier, np.repeat(np.arange(len(examples)), counts))
 

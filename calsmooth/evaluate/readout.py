@@ -14,6 +14,7 @@ from torch import Tensor
 from calsmooth.errors import CalsmoothError
 from calsmooth.heads import Head, final_hidden_states, find_head
 from calsmooth.loss import token_statistics
+from calsmooth.records import ROUNDING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,10 +51,11 @@ class Readout:
         place: Tensor,  # (A,)
         token: Tensor,  # (A,)
     ) -> Tensor:
-        """(A,) float32 or float64: natural-log probability of `token[a]` after place number `place[a]`.
+        """(A,) float32 or float64: natural-log probability of `token[a]` after place number `place[a]`, at most 0.
 
-        One forward of the model; place m is token `positions[m]` of the batch's sequence `rows[m]`. All four are on the
-        CPU, the result is on the device and isn't waited for.
+        NaN where the model's numbers give none (see `_logprob`). One forward of the model; place m is token
+        `positions[m]` of the batch's sequence `rows[m]`. All four are on the CPU, the result is on the device and isn't
+        waited for.
         """
         rows, positions = send(rows, self.model.device), send(positions, self.model.device)
         if self.head is not None:
@@ -69,7 +71,7 @@ class Readout:
         found = torch.empty(len(place), dtype=parts[0][0].dtype, device=self.model.device)
         for values, here in parts:
             found[here] = values
-        return found
+        return _logprob(found)
 
     def token_statistics(
         self,
@@ -80,7 +82,8 @@ class Readout:
     ) -> Tensor:
         """(M, 4) float32 or float64: top-1 probability, 1 where it is the target's, -log p(target), Brier score.
 
-        The Brier score is that of the whole distribution, the sum over the vocabulary of (p - onehot)^2.
+        The Brier score is that of the whole distribution, the sum over the vocabulary of (p - onehot)^2. Probabilities
+        are from 0 to 1 and the others not below 0, or NaN where the model's numbers give no probability.
         """
         if self.head is not None:
             hidden_states = final_hidden_states(self.model, self.head, **inputs)[rows, positions]  # (M, D)
@@ -117,7 +120,7 @@ class Readout:
             if head.softcap is not None:
                 logits = head.softcap * (logits / head.softcap).tanh()
             logprobs[part] = logits - found.logsumexp[place[part]]
-        return logprobs
+        return _logprob(logprobs)
 
     def _own_logits(self, inputs: dict[str, Any], rows: Tensor, positions: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yields (start, logits (m, V)), at least float32, as the model's own forward makes them."""
@@ -154,6 +157,19 @@ def _semantics(head: Head, factor: float = 1.0) -> dict[str, Any]:
 
 
 def _columns(top_logprob: Tensor, correct: Tensor, target_logprob: Tensor, squares: Tensor) -> Tensor:
-    """(M, 4): confidence, correct, nll, Brier score."""
-    brier = squares - 2 * target_logprob.exp() + 1
+    """(M, 4): confidence, correct, nll, Brier score. squares: the sum over the vocabulary of p^2."""
+    # Each was rounded by itself. What holds of them together: the target is at most as probable as the top token, and
+    # as probable where it is that token; the squares of the others' probabilities add up to at most their sum's square.
+    top_logprob, target_logprob = _logprob(top_logprob), _logprob(target_logprob)
+    target_logprob = torch.where(correct, top_logprob, torch.minimum(target_logprob, top_logprob))
+    missed = target_logprob.expm1().square()  # (1 - p)^2
+    brier = missed + (squares - target_logprob.mul(2).exp()).clamp(min=0).minimum(missed)
     return torch.stack([top_logprob.exp(), correct.to(squares.dtype), -target_logprob, brier], dim=-1)
+
+
+def _logprob(values: Tensor) -> Tensor:
+    """Log-probabilities, of which none is above 0: by rounding alone, one is taken for 0; by more than that, for NaN.
+
+    NaN waits on the device until somebody reads the values, as those of a model that overflows do.
+    """
+    return values.clamp(max=0).masked_fill(values > ROUNDING, float("nan"))

@@ -119,7 +119,7 @@ class Scorer:
         of requests, by index, whose contexts are likely to begin alike, each request in one of them; None: all are one.
 
         Raises:
-            CalsmoothError: one sequence alone is too much for the memory, or a probability isn't a number.
+            CalsmoothError: one sequence alone is too much for the memory, or a probability isn't a number from 0 to 1.
         """
         found: list[_Found] = []
         try:
@@ -139,7 +139,7 @@ class Scorer:
         # The one place that waits for the device.
         logprobs = torch.cat([values for _, values in found]).double().cpu() if found else torch.zeros(0)
         if not bool(logprobs.isfinite().all()):
-            raise CalsmoothError("the model gave a probability that is not a number; try --dtype float32")
+            raise CalsmoothError("the model gave a probability that is not a number from 0 to 1; try --dtype float32")
         for ask, logprob in zip((ask for asks, _ in found for ask in asks), logprobs.tolist(), strict=True):
             scores[ask.request][ask.choice] += logprob
         return scores

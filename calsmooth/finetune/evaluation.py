@@ -62,7 +62,7 @@ def summarize(rows: dict[str, np.ndarray], filtered: bool) -> dict[str, float]:
     """The values of one evaluation from its tokens' `STATISTICS`."""
     values = {
         "eval_nll": -rows["logprob"].mean(),
-        "eval_ece": expected_calibration_error(np.clip(rows["confidence"], 0.0, 1.0), rows["correct"]),
+        "eval_ece": expected_calibration_error(rows["confidence"], rows["correct"]),
         "eval_accuracy": rows["correct"].mean(),
         "eval_confidence": rows["confidence"].mean(),
         "eval_entropy": rows["entropy"].mean(),

@@ -154,7 +154,10 @@ def sharded_loss(head: Head, hidden_states: Tensor, targets: Tensor, beta: float
 
 @torch.no_grad()
 def measured(head: Head, hidden_states: Tensor, targets: Tensor, mode: str = "exact") -> Tensor:
-    """(len(STATISTICS), N) of (N, D) hidden states and (N,) targets, in two walks over the vocabulary."""
+    """(len(STATISTICS), N) of (N, D) hidden states and (N,) targets, in two walks over the vocabulary.
+
+    What rounding leaves of a certain token's log-probability above 0 is 0: confidences are at most 1.
+    """
     weight, bias = head.weight, head.bias
     if isinstance(weight, DTensor):
         weight, bias = weight.full_tensor(), bias.full_tensor() if isinstance(bias, DTensor) else None
@@ -172,11 +175,12 @@ def measured(head: Head, hidden_states: Tensor, targets: Tensor, mode: str = "ex
         kept_mass=kept,
         **options,
     )
+    right, top_logprob = found.top_token == targets, found.top_logprob.clamp(max=0)
     return torch.stack(
         [
-            found.target_logprob,
-            found.top_logprob.exp(),
-            (found.top_token == targets).to(found.entropy.dtype),
+            torch.where(right, top_logprob, torch.minimum(found.target_logprob, top_logprob)),
+            top_logprob.exp(),
+            right.to(found.entropy.dtype),
             found.entropy,
             found.top_logprob + uniform,
             kept,
