@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from calsmooth import console
 from calsmooth.errors import UsageError
 from calsmooth.evaluate.config import EvaluateConfig
+from calsmooth.evaluate.tasks import RESPONSES
 from calsmooth.finetune.config import FinetuneConfig
 from calsmooth.models import BUILT_IN
 
@@ -44,7 +45,9 @@ def what_to_measure(config: FinetuneConfig) -> EvaluateConfig | None:
             return None
         from calsmooth.demo import HELDOUT_FILE
 
-        return EvaluateConfig(task=("demo", "responses"), dataset=str(HELDOUT_FILE), device=config.device)
+        return EvaluateConfig(
+            task=("demo", "responses"), dataset=str(HELDOUT_FILE), template=config.template, device=config.device
+        )
     try:
         return EvaluateConfig(
             model=config.model,
@@ -52,6 +55,7 @@ def what_to_measure(config: FinetuneConfig) -> EvaluateConfig | None:
             task=config.eval_task,
             data_dir=config.eval_data_dir,
             dataset=config.eval_dataset,
+            template=config.template if RESPONSES in config.eval_task else None,  # the same before and after
             limit=config.eval_limit,
             dtype=config.dtype,
             device=config.device,

@@ -38,6 +38,9 @@ class Rendered:
 def choose_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """'chat', 'alpaca' or 'tulu': what `name` means for this tokenizer ('auto' is chat where it has a chat template).
 
+    A chat template that `as_chat_template` made is known again, so that a model that was trained with 'alpaca' goes on
+    with it.
+
     Raises:
         UsageError: no such template, or 'chat' was asked for and the tokenizer has no chat template.
     """
@@ -45,9 +48,12 @@ def choose_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
         raise UsageError(f"--template must be one of {', '.join(TEMPLATES)}, got '{name}'")
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if name == "auto":
-        return "chat" if has_chat else "alpaca"
+        name = "chat" if has_chat else "alpaca"
     if name == "chat" and not has_chat:
         raise UsageError("--template chat: this model's tokenizer has no chat template; use --template alpaca or tulu")
+    if name == "chat":
+        ours = (t for t in _AS_CHAT_TEMPLATE if tokenizer.chat_template == as_chat_template(t, tokenizer))
+        return next(ours, name)
     return name
 
 
@@ -83,14 +89,15 @@ def _join(pieces: list[tuple[str, bool]], tokenizer: "PreTrainedTokenizerBase") 
 _INTRO = (
     "Below is an instruction that describes a task{context}. Write a response that appropriately completes the request."
 )
+_WITH_INPUT = ", paired with an input that provides further context"
 
 
 def _alpaca_pieces(conversation: Conversation) -> list[tuple[str, bool]]:
     """The template of Stanford Alpaca; more turns repeat its sections."""
     has_input = any(turn.input for turn in conversation.turns)
     system = [turn.content for turn in conversation.turns if turn.role == "system"]
-    context = ", paired with an input that provides further context" if has_input else ""
-    pieces = [("\n\n".join(system) if system else _INTRO.format(context=context), False)]
+    intro = _INTRO.format(context=_WITH_INPUT if has_input else "")
+    pieces = [("\n\n".join(system) if system else intro, False)]
     for turn in conversation.turns:
         if turn.role == "user":
             section = f"\n\n### Instruction:\n{turn.content}"
@@ -115,41 +122,67 @@ def _tulu_pieces(conversation: Conversation) -> list[tuple[str, bool]]:
     return pieces
 
 
-# Their line breaks are written as strings: Hugging Face's renderer drops those that follow a tag.
+# What the assistant says, with its end mark unless it brings that itself.
+_SAID = (
+    "{% set end = eos_token or '' %}"
+    "{% generation %}{{ m.content if m.content.endswith(end) else m.content + end }}{% endgeneration %}"
+)
+# The line breaks are written as strings: Hugging Face's renderer drops those that follow a tag. A message may have an
+# 'input' beside its 'content', as a row of Alpaca's format has one.
 _AS_CHAT_TEMPLATE = {
     "alpaca": (
         "{% set system = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | list %}"
-        "{{ system | join('\\n\\n') if system else INTRO }}"
+        "{% if system %}{{ system | join('\\n\\n') }}"
+        "{% elif messages | selectattr('input') | list %}{{ WITH_INPUT }}{% else %}{{ WITHOUT_INPUT }}{% endif %}"
         "{% for m in messages %}"
         "{% if m.role == 'user' %}{{ '\\n\\n### Instruction:\\n' + m.content }}"
-        "{% elif m.role == 'assistant' %}{{ '\\n\\n### Response:\\n' }}"
-        "{% generation %}{{ m.content + (eos_token or '') }}{% endgeneration %}{% endif %}"
+        "{% if m.input %}{{ '\\n\\n### Input:\\n' + m.input }}{% endif %}"
+        "{% elif m.role == 'assistant' %}{{ '\\n\\n### Response:\\n' }}SAID{% endif %}"
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
-    ).replace("INTRO", repr(_INTRO.format(context=""))),
+    )
+    .replace("WITH_INPUT", repr(_INTRO.format(context=_WITH_INPUT)))
+    .replace("WITHOUT_INPUT", repr(_INTRO.format(context="")))
+    .replace("SAID", _SAID),
     "tulu": (
         "{% for m in messages %}"
-        "{% if m.role == 'assistant' %}{{ '<|assistant|>\\n' }}"
-        "{% generation %}{{ m.content + (eos_token or '') }}{% endgeneration %}"
-        "{% if not loop.last %}{{ '\\n' }}{% endif %}"
-        "{% else %}{{ '<|' + m.role + '|>\\n' + m.content + '\\n' }}{% endif %}"
+        "{% if m.role == 'assistant' %}{{ '<|assistant|>\\n' }}SAID"
+        "{% if not loop.last or add_generation_prompt %}{{ '\\n' }}{% endif %}"
+        "{% else %}{{ '<|' + m.role + '|>\\n' + m.content }}"
+        "{% if m.input %}{{ '\\n\\n' + m.input }}{% endif %}{{ '\\n' }}{% endif %}"
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-    ),
+    ).replace("SAID", _SAID),
 }
 
 
 def as_chat_template(template: str, tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """'alpaca' or 'tulu' as a chat template for this tokenizer, so that a model trained with it is asked with it.
 
-    None for 'chat', which the tokenizer has already.
+    Messages are {role, content}, and a user's may have an `input`, which Alpaca's layout sets apart. Tokens are those
+    of `render`. None for 'chat', which the tokenizer has already.
     """
-    found = _AS_CHAT_TEMPLATE.get(template)
-    if found is None:
+    jinja = _AS_CHAT_TEMPLATE.get(template)
+    if jinja is None:
         return None
     # Text from a chat template is tokenised without the tokenizer's own marks.
     adds_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    return "{{ bos_token }}" + found if adds_bos else found
+    return "{{ bos_token }}" + _after_bos(template, tokenizer) + jinja if adds_bos else jinja
+
+
+def _after_bos(template: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What stands behind a beginning token that is written out, so that the text has the tokens that it has by itself.
+
+    Some sentencepiece tokenizers read a word at the beginning of a text, but not one behind a token, as if a space came
+    before it.
+    """
+    begins = "Below" if template == "alpaca" else "<|user|>"
+    wanted = tokenizer(begins)["input_ids"]
+    for between in ("", " "):
+        written = f"{tokenizer.bos_token}{between}{begins}"
+        if tokenizer(written, add_special_tokens=False)["input_ids"] == wanted:
+            return between
+    return ""
 
 
 def _chat(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> Rendered:

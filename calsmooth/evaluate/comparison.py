@@ -19,7 +19,7 @@ from calsmooth.files import read_json, run_folder, write_json
 from calsmooth.records import read_predictions
 
 RESAMPLES = 1000
-SETTINGS = ("format", "prompt", "chat_template", "shots", "n", "rows")
+SETTINGS = ("format", "prompt", "chat_template", "template", "shots", "n", "rows")
 """What must be the same of a task for its numbers to be comparable."""
 ASIDE = ("reliability", "subjects", "per_byte")
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from calsmooth.config import Settings, setting
-from calsmooth.evaluate.tasks import CHOICE_TASKS, TASK_NAMES, check_task
+from calsmooth.data.templates import TEMPLATES
+from calsmooth.errors import UsageError
+from calsmooth.evaluate.tasks import CHOICE_TASKS, RESPONSES, TASK_NAMES, check_task
 from calsmooth.models import BUILT_IN
 
 PROMPT, DATA, COMPUTE = "Prompts", "Data", "Computing"
@@ -126,3 +128,16 @@ class EvaluateConfig(ChoicesConfig):
         panel=DATA,
     )
     split: str | None = setting(None, "Split of a --dataset from the hub.", shown_default="train", panel=DATA)
+    template: str | None = setting(
+        None,
+        "For 'responses': how a conversation becomes text, by the model's chat template (auto: where it has one), "
+        "Alpaca's or Tulu's. Models that are compared need the same.",
+        shown_default="the one of the finetune run that the model lies in, else auto",
+        choices=TEMPLATES,
+        panel=PROMPT,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.template is not None and RESPONSES not in self.task:
+            raise UsageError(f"--template: is for --task {RESPONSES}; leave it out, or see --chat-template")

@@ -13,6 +13,7 @@ from calsmooth.evaluate.config import ChoicesConfig
 from calsmooth.evaluate.next_token import TokenPredictor
 from calsmooth.evaluate.results import RESAMPLES, TaskResult, memory_note
 from calsmooth.evaluate.tasks import RESPONSES
+from calsmooth.evaluate.tasks.responses import ResponseRows
 from calsmooth.evaluate.units import Record, Unit, parts
 from calsmooth.models import check_vocabulary
 from calsmooth.plots import prepare_reliability
@@ -22,14 +23,12 @@ if TYPE_CHECKING:
 
 
 class Responses:
-    """The rows of one data set, whose response tokens one model predicts. source: where they came from."""
+    """The rows of one data set, whose response tokens one model predicts."""
 
     name = RESPONSES
 
-    def __init__(
-        self, examples: Sequence["Example"], source: str, config: ChoicesConfig, predictor: TokenPredictor
-    ) -> None:
-        self.examples, self.source, self.config, self.predictor = examples, source, config, predictor
+    def __init__(self, rows: ResponseRows, config: ChoicesConfig, predictor: TokenPredictor) -> None:
+        self.rows, self.examples, self.config, self.predictor = rows, rows.examples, config, predictor
 
     def key(self) -> str:
         """What is predicted, in a few words and as a hash of every token and label."""
@@ -75,11 +74,12 @@ class Responses:
             "nll": float(nll.mean()),
             "choice_mass": None,
             "rows": len(self.examples),
-            "source": self.source,
+            "template": self.rows.template,
+            "source": self.rows.source,
             "key": self.key(),
             "reliability": panel.to_dict(),
         }
-        notes = memory_note(self.name, sum(record["halvings"] for record in records))
+        notes = [*self.rows.notes, *memory_note(self.name, sum(record["halvings"] for record in records))]
         if self.predictor.readout.fallback is not None:
             notes.append(f"predictions are those of the model's own logits: {self.predictor.readout.fallback}")
         return TaskResult(summary, panel, notes=notes)

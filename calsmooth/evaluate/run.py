@@ -21,7 +21,7 @@ from calsmooth.evaluate.responses import Responses
 from calsmooth.evaluate.scoring import Scorer
 from calsmooth.evaluate.task import Task, TaskData
 from calsmooth.evaluate.tasks import RESPONSES, choice_tasks
-from calsmooth.evaluate.tasks.responses import load_responses
+from calsmooth.evaluate.tasks.responses import ResponseRows, load_responses
 from calsmooth.evaluate.units import perform
 from calsmooth.files import write_json
 from calsmooth.models import load_model, load_tokenizer, model_fingerprint, model_label, pick_dtype
@@ -81,7 +81,7 @@ def _run(config: ChoicesConfig, processes: Processes) -> EvaluateResult:
         scorer = Scorer(model, batch_size=config.batch_size, reuse=config.reuse)
         tasks += [Choices(task, data, config, tokenizer, scorer, max_length) for task, data in loaded]
     if responses is not None:
-        tasks.append(Responses(*responses, config, TokenPredictor(model, batch_size=config.batch_size)))
+        tasks.append(Responses(responses, config, TokenPredictor(model, batch_size=config.batch_size)))
     fingerprint = processes.by_first(lambda: model_fingerprint(config.model, model))
     key = {
         "calsmooth version": calsmooth.__version__,
@@ -128,8 +128,8 @@ def _load(task: Task, config: ChoicesConfig) -> TaskData:
     return task.load(config.data_dir, task.shots if config.shots is None else config.shots)
 
 
-def _load_responses(config: ChoicesConfig, tokenizer: "PreTrainedTokenizerBase") -> tuple[Sequence[Any], str] | None:
-    """(rows, where they came from), where they are asked for."""
+def _load_responses(config: ChoicesConfig, tokenizer: "PreTrainedTokenizerBase") -> ResponseRows | None:
+    """The rows, where they are asked for."""
     if not isinstance(config, EvaluateConfig) or RESPONSES not in config.task:
         return None
     return load_responses(
@@ -137,6 +137,7 @@ def _load_responses(config: ChoicesConfig, tokenizer: "PreTrainedTokenizerBase")
         config.model,
         tokenizer,
         split=config.split,
+        template=config.template,
         max_length=config.max_length or DEFAULT_RESPONSE_LENGTH,
         limit=config.limit,
         seed=config.seed,

@@ -299,8 +299,8 @@ class FinetuneConfig(Settings):
             raise UsageError(
                 "--logit-temperature and --logit-softcap change the model, and adapters can't hold it; add --lora-merge"
             )
-        if self.eval_dataset is not None and self.eval_every is None:
-            raise UsageError("--eval-dataset is measured by --eval-every, which isn't given; add it")
+        if self.eval_dataset is not None and self.eval_every is None and "responses" not in self.eval_task:
+            raise UsageError("--eval-dataset is measured by --eval-every or --eval-task responses; add one of them")
         if self.min_lr and self.scheduler not in ("cosine", "warmup_stable_decay"):
             raise UsageError(f"--min-lr: the {self.scheduler} schedule ends at 0; take cosine or warmup_stable_decay")
 

@@ -88,6 +88,27 @@ def plain():
     return build_tokenizer(None, adds_bos=True, eos="</s>")
 
 
+@pytest.fixture(scope="session")
+def sentencepiece():
+    """As Llama 2's and Mistral's: a space is read before a text's first word, and not behind a token in it."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    bpe.decoder = decoders.Metaspace(prepend_scheme="first")
+    octets = [f"<0x{octet:02X}>" for octet in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", *octets, *SPECIAL], show_progress=False)
+    bpe.train_from_iterator(SENTENCES * 3, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def endless():
+    """Has no end-of-sequence token."""
+    return build_tokenizer(None, eos=None)
+
+
 @pytest.fixture
 def write_file(tmp_path) -> Callable[..., str]:
     """write_file(name, text or bytes) -> path."""

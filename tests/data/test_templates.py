@@ -1,7 +1,11 @@
 """The text of a conversation, and which stretches of it the assistant says."""
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from calsmooth.data.examples import IGNORED, encode
 from calsmooth.data.formats import Conversation, Turn
 from calsmooth.data.templates import as_chat_template, choose_template, render
 from calsmooth.errors import CalsmoothError, UsageError
@@ -167,7 +171,63 @@ class TestTulu:
         assert result.text == "<|user|>\nAdd.\n\n1 and 1\n<|assistant|>\n2</s>"
 
 
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
+    [" ", "\n", "Add. ", "### Input:\nno", "{{ m.content }}", "ends with </s>", "ends with <|im_end|>", "'quoted'"]
+)
+NOT_EMPTY = TEXTS.filter(str.strip)
+PAIRS = st.tuples(st.builds(Turn, st.just("user"), TEXTS, TEXTS), st.builds(Turn, st.just("assistant"), NOT_EMPTY))
+SYSTEMS = st.builds(Turn, st.just("system"), NOT_EMPTY)
+CONVERSATIONS = st.builds(
+    lambda system, first, pairs, last: (*system, *first, *(turn for pair in pairs for turn in pair), *last),
+    st.lists(SYSTEMS, max_size=2),
+    st.lists(st.builds(Turn, st.just("assistant"), NOT_EMPTY), max_size=1),
+    st.lists(PAIRS, min_size=1, max_size=3),
+    st.lists(st.builds(Turn, st.just("user"), TEXTS, TEXTS), max_size=1),
+)
+TOKENIZERS = ["plain", "chatml", "llama", "sentencepiece", "endless"]
+
+
+def as_messages(turns):
+    """With an `input` where a turn has one, as a user would write them."""
+    return [
+        {"role": t.role, "content": t.content} | ({"input": t.input} if t.input else {}) for t in turns
+    ]  # fmt: skip
+
+
 class TestAsChatTemplate:
+    @pytest.mark.parametrize("template", ["alpaca", "tulu"])
+    @pytest.mark.parametrize("name", TOKENIZERS)
+    @given(turns=CONVERSATIONS)
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_has_the_tokens_and_labels_of_training_for_rows_of_every_shape(self, request, template, name, turns):
+        tokenizer = request.getfixturevalue(name)
+        trained = encode(Conversation(turns, "here"), template, tokenizer)
+        asked = tokenizer.apply_chat_template(
+            as_messages(turns),
+            chat_template=as_chat_template(template, tokenizer),
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        assert asked["input_ids"] == trained.input_ids
+        labels = [
+            token if mask else IGNORED for token, mask in zip(trained.input_ids, asked["assistant_masks"], strict=True)
+        ]
+        assert labels == trained.labels
+
+    @pytest.mark.parametrize("template", ["alpaca", "tulu"])
+    @pytest.mark.parametrize("name", TOKENIZERS)
+    def test_a_tokenizer_that_carries_it_goes_on_with_that_layout(self, request, template, name, tmp_path):
+        original = request.getfixturevalue(name)
+        original.save_pretrained(tmp_path / "base")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+        tokenizer.chat_template = as_chat_template(template, tokenizer)
+        tokenizer.save_pretrained(tmp_path / "trained")
+        saved = AutoTokenizer.from_pretrained(tmp_path / "trained")
+        assert choose_template("auto", saved) == choose_template("chat", saved) == template
+        assert choose_template("tulu", saved) == "tulu"
+        row = Conversation((Turn("user", "Add.", "1 and 1"), Turn("assistant", "2")), "here")
+        assert encode(row, choose_template("auto", saved), saved) == encode(row, template, original)
+
     @pytest.mark.parametrize("template", ["alpaca", "tulu"])
     @pytest.mark.parametrize("turns", [FIRST, (SYSTEM, *FIRST, *SECOND), (*FIRST, Turn("user", "Thanks."))])
     @pytest.mark.parametrize("name", ["plain", "chatml"])

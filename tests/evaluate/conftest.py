@@ -95,6 +95,12 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def plain_tokenizer():
+    """Without a chat template: what a base model has."""
+    return build_tokenizer(chat=False)
+
+
+@pytest.fixture(scope="session")
 def build():
     """`build(kind, dtype, **config)` makes a random model of a kind in `KINDS`."""
     return build_model

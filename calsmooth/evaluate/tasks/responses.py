@@ -5,9 +5,13 @@ Not a list of questions: every response token of a row is one prediction over th
 text that it was trained to write.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calsmooth.errors import UsageError
+from calsmooth.files import read_json
 from calsmooth.models import BUILT_IN
 
 if TYPE_CHECKING:
@@ -18,27 +22,82 @@ if TYPE_CHECKING:
 NAME = "responses"
 
 
+@dataclass(frozen=True)
+class ResponseRows:
+    """The tokenised rows, where they came from, and the template that made text of them ('none': they were text).
+
+    notes: how the template was chosen, and what was left out or cut.
+    """
+
+    examples: Sequence["Example"]
+    source: str
+    template: str
+    notes: list[str]
+
+
 def load_responses(
     dataset: str | None,
     model: str,
     tokenizer: "PreTrainedTokenizerBase",
     *,
     split: str | None,
+    template: str | None,
     max_length: int,
     limit: int | None,
     seed: int,
-) -> tuple[list["Example"], str]:
-    """(tokenised rows, where they came from): `dataset`, or for the built-in model its own held-out file.
+) -> ResponseRows:
+    """The rows of `dataset`, or for the built-in model those of its own held-out file.
+
+    template: see `calsmooth.data.templates`; None for the one that the model was trained with, where it lies in the
+    folder of a finetune run, else 'auto'.
 
     Raises:
-        UsageError: no data set was given and the model isn't the built-in one.
+        UsageError: no data set was given and the model isn't the built-in one, or the template can't be had.
         CalsmoothError: the rows can't be read.
     """
-    from calsmooth.data import load_examples
+    from calsmooth.data.examples import load_example_set
     from calsmooth.demo import HELDOUT_FILE
 
     if dataset is None and model != BUILT_IN:
         raise UsageError("--task responses: needs --dataset, a file or hub id of held-out instruction data")
     source = dataset if dataset is not None else str(HELDOUT_FILE)
-    examples = load_examples(source, tokenizer, split=split, max_length=max_length, limit=limit, seed=seed)
-    return examples, source if dataset is not None else "built in"
+    trained = _trained_with(model) if template is None else None
+    asked = template or (trained and trained[0]) or "auto"
+    rows = load_example_set(
+        source, tokenizer, template=asked, split=split, max_length=max_length, limit=limit, seed=seed
+    )
+    if rows.template == "none":
+        choice = f"{NAME}: the rows are text already, no template is used"
+    elif trained is not None:
+        choice = f"{NAME}: asked with the template {rows.template}, which {trained[1]} was trained with"
+    elif template not in (None, "auto"):
+        choice = f"{NAME}: asked with the template {rows.template}, as --template says"
+    elif rows.template == "chat":
+        choice = f"{NAME}: asked with the model's own chat template"
+    elif getattr(tokenizer, "chat_template", None):
+        choice = f"{NAME}: asked with the template {rows.template}, which the model carries"
+    else:
+        choice = f"{NAME}: asked with the template {rows.template}, for the model has no chat template"
+    notes = [choice]
+    of = f"of {rows.rows:,} rows"
+    if rows.dropped:
+        notes.append(f"{NAME}: {rows.dropped:,} {of} were left out, whose response lies past {max_length:,} tokens")
+    if rows.truncated:
+        notes.append(f"{NAME}: {rows.truncated:,} {of} were read only to their first {max_length:,} tokens")
+    return ResponseRows(rows.examples, source if dataset is not None else "built in", rows.template, notes)
+
+
+def _trained_with(model: str) -> tuple[str, str] | None:
+    """(template, run folder) of the finetune run in whose folder the model lies; None where it lies in none."""
+    folder = Path(model).expanduser()
+    run = folder.resolve().parent
+    if (
+        model == BUILT_IN
+        or not folder.is_dir()
+        or not (run / "config.yaml").is_file()
+        or not (run / "summary.json").is_file()
+    ):
+        return None
+    summary = read_json(run / "summary.json")
+    template = summary.get("template") if isinstance(summary, dict) else None
+    return (template, str(folder.parent)) if template in ("chat", "alpaca", "tulu") else None
