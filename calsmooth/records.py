@@ -26,6 +26,7 @@ class Prediction:
     gold: index of the right choice.
     logprobs_per_byte: the same divided by the UTF-8 length of each choice's text, where choices are scored as whole
         texts (the cloze format) and long ones would otherwise lose.
+    order: of each choice, its index in the data, where that is another (a task that shuffles its choices).
     """
 
     task: str
@@ -34,6 +35,7 @@ class Prediction:
     logprobs: tuple[float, ...]
     gold: int
     logprobs_per_byte: tuple[float, ...] | None = None
+    order: tuple[int, ...] | None = None
 
     def to_line(self) -> str:
         fields = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
@@ -73,6 +75,13 @@ def _parse(value: Any, where: str) -> Prediction:
         isinstance(per_byte, list) and len(per_byte) == len(logprobs) and all(_is_logprob(x) for x in per_byte)
     ):
         raise CalsmoothError(f"{where}: 'logprobs_per_byte' must match 'logprobs' in length, got {per_byte!r}")
+    order = value.get("order")
+    if order is not None and not (
+        isinstance(order, list)
+        and len(order) == len(set(map(str, order))) == len(logprobs)
+        and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in order)
+    ):
+        raise CalsmoothError(f"{where}: 'order' must be an index of the data for each of 'logprobs', got {order!r}")
     return Prediction(
         task=str(value["task"]),
         subject=str(value["subject"]),
@@ -80,6 +89,7 @@ def _parse(value: Any, where: str) -> Prediction:
         logprobs=_at_most_0(logprobs),
         gold=gold,
         logprobs_per_byte=None if per_byte is None else _at_most_0(per_byte),
+        order=None if order is None else tuple(order),
     )
 
 

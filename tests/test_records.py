@@ -25,10 +25,15 @@ def test_per_byte_is_optional_and_kept(tmp_path):
     rows = [
         Prediction("t", "s", "1", (-1.0, -2.0), 0),
         Prediction("t", "s", "2", (-1.0, -2.0), 0, logprobs_per_byte=(-0.5, -0.25)),
+        Prediction("t", "s", "3", (-1.0, -2.0), 0, order=(3, 0)),
     ]
     file = write_predictions(tmp_path / "p.jsonl", rows)
     assert read_predictions(file) == rows
-    assert [set(json.loads(line)) >= {"logprobs_per_byte"} for line in file.read_text().splitlines()] == [False, True]
+    assert [set(json.loads(line)) >= {"logprobs_per_byte"} for line in file.read_text().splitlines()] == [
+        False,
+        True,
+        False,
+    ]
     assert set(json.loads(file.read_text().splitlines()[0])) == set(GOOD)
 
 
@@ -43,6 +48,11 @@ def test_per_byte_is_optional_and_kept(tmp_path):
         ({"logprobs": [-1.0, float("nan")]}, "'logprobs' must be"),
         ({"logprobs": "ab"}, "'logprobs' must be"),
         ({"logprobs_per_byte": [-1.0]}, "'logprobs_per_byte' must match"),
+        ({"order": [0]}, "'order' must be an index of the data for each of 'logprobs', got "),
+        ({"order": [0, 0]}, "'order' must be"),
+        ({"order": [0, -1]}, "'order' must be"),
+        ({"order": [1, "0"]}, "'order' must be"),
+        ({"order": "10"}, "'order' must be"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, change, message):

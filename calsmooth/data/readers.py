@@ -1,4 +1,4 @@
-"""Rows of one file, one after another: JSON Lines, JSON, CSV or parquet.
+"""Rows of one file, one after another: JSON Lines, JSON, CSV, TSV or parquet.
 
 A line that can't be read stands as a `BadRow` among the others, so that the caller may skip and count it. A file that
 can't be read at all is an error.
@@ -87,10 +87,10 @@ def _json_lines_hint(error: Exception) -> str:
     return "; rows one a line are a .jsonl file's" if str(error).startswith("Extra data: line 2 ") else ""
 
 
-def _from_csv(path: Path) -> Iterator[Row | BadRow]:
+def _from_csv(path: Path, separator: str = ",", name: str = "CSV") -> Iterator[Row | BadRow]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:  # spreadsheets begin with a byte-order mark
-            table = csv.DictReader(file, strict=True)
+            table = csv.DictReader(file, delimiter=separator, strict=True)
             for row in table:
                 where = f"{path}, line {table.line_num}"
                 if None in row or None in row.values():
@@ -98,9 +98,14 @@ def _from_csv(path: Path) -> Iterator[Row | BadRow]:
                 else:
                     yield Row(dict(row), where)
     except csv.Error as error:
-        raise CalsmoothError(f"{path}, line {table.reader.line_num}: not readable as CSV ({error})") from None
+        raise CalsmoothError(f"{path}, line {table.reader.line_num}: not readable as {name} ({error})") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise CalsmoothError(f"{path}: not readable as CSV ({error})") from None
+        raise CalsmoothError(f"{path}: not readable as {name} ({error})") from None
+
+
+def _from_tsv(path: Path) -> Iterator[Row | BadRow]:
+    """As spreadsheets write it: what begins with a quotation mark is quoted."""
+    return _from_csv(path, "\t", "TSV")
 
 
 def _from_parquet(path: Path) -> Iterator[Row | BadRow]:
@@ -122,5 +127,6 @@ READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
     ".ndjson": _from_jsonl,
     ".json": _from_json,
     ".csv": _from_csv,
+    ".tsv": _from_tsv,
     ".parquet": _from_parquet,
 }

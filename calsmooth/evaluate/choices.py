@@ -78,7 +78,8 @@ class Choices:
         """What is asked, in a few words and as a hash: of every question, and of each subject's first whole prompt."""
         digest = hashlib.sha256()
         for question in self.questions:
-            digest.update(json.dumps(dataclasses.astuple(question)).encode())
+            asked = (question.id, question.subject, question.text, question.choices, question.answer)
+            digest.update(json.dumps(asked).encode())
         for members in self.subjects.values():
             prompt = self._prompt(members[0])
             digest.update(json.dumps([prompt.text(prompt.shots), prompt.openings, prompt.continuations]).encode())
@@ -111,7 +112,9 @@ class Choices:
         asked = [i for part in self._parts for i in part.questions]
         logprobs, per_byte = zip(*(pair for _, pair in sorted(zip(asked, scored, strict=True))), strict=True)
         predictions = [
-            Prediction(self.name, q.subject, q.id, tuple(values), q.answer, tuple(divided) if divided else None)
+            Prediction(
+                self.name, q.subject, q.id, tuple(values), q.answer, tuple(divided) if divided else None, q.order
+            )
             for q, values, divided in zip(self.questions, logprobs, per_byte, strict=True)
         ]
         total = {name: sum(record[name] for record in records) for name in _counts([], 0, 0)}

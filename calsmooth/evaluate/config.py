@@ -140,4 +140,6 @@ class EvaluateConfig(ChoicesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.template is not None and RESPONSES not in self.task:
-            raise UsageError(f"--template: is for --task {RESPONSES}; leave it out, or see --chat-template")
+            raise UsageError(
+                f"--template: goes with --task {RESPONSES}; leave it out (for choices there is --chat-template)"
+            )

@@ -2,6 +2,7 @@
 
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +13,22 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Question:
-    """`answer` is the index of the right choice. Questions of a `subject` share their solved examples."""
+    """`answer` is the index of the right choice. Questions of a `subject` share their solved examples.
+
+    order: of each choice, its index in the data, where that is another: the task shuffles choices, or leaves some out.
+    """
 
     id: str
     subject: str
     text: str
     choices: tuple[str, ...]
     answer: int
+    order: tuple[int, ...] | None = None
 
 
-def make_question(where: str, id: str, subject: str, text: Any, choices: Any, answer: Any) -> Question:
+def make_question(
+    where: str, id: str, subject: str, text: Any, choices: Any, answer: Any, order: Sequence[int] | None = None
+) -> Question:
     """A validated question.
 
     Raises:
@@ -37,7 +44,7 @@ def make_question(where: str, id: str, subject: str, text: Any, choices: Any, an
             raise CalsmoothError(f"{where}: every choice must be text that isn't empty, got {choice!r}")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise CalsmoothError(f"{where}: the answer must be an index from 0 to {len(choices) - 1}, got {answer!r}")
-    return Question(id, subject, text, tuple(choices), answer)
+    return Question(id, subject, text, tuple(choices), answer, None if order is None else tuple(order))
 
 
 def sample(questions: list[Question], limit: int | None, seed: int) -> list[Question]:

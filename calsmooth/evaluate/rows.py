@@ -10,7 +10,7 @@ from calsmooth.data.readers import BadRow, Row, reader
 from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.hub import prepare_hub
 
-SUFFIXES = ("jsonl", "json", "csv", "parquet")
+SUFFIXES = ("jsonl", "json", "csv", "tsv", "parquet")
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,21 @@ def task_folder(data_dir: Path, task: str) -> Path:
     return data_dir / task if (data_dir / task).is_dir() else data_dir
 
 
-def split_files(folder: Path, split: str, config: str | None, own_file: str | None) -> list[Path]:
+def split_files(
+    folder: Path, split: str, config: str | None, own_files: Sequence[str] = (), own_folders: Sequence[str] = ()
+) -> list[Path]:
     """The files of a split, in order; none where the folder doesn't have it.
 
-    A split is one file under its own name (validation.jsonl) or its publishers' (`own_file`); or the parquet files of
-    a copy of the hub's repository, in the folder itself, in data/ or in its configuration's.
+    A split is one file under its own name (validation.jsonl) or one of its publishers' (`own_files`), in the folder or
+    where these lie in the publishers' archive (`own_folders`, patterns); or the parquet files of a copy of the hub's
+    repository, in the folder itself, in data/ or in its configuration's.
     """
-    names = [f"{split}.{suffix}" for suffix in SUFFIXES] + ([own_file] if own_file else [])
-    single = next((folder / name for name in names if (folder / name).is_file()), None)
-    if single is not None:
-        return [single]
+    names = [f"{split}.{suffix}" for suffix in SUFFIXES]
+    unpacked = [place for pattern in own_folders for place in sorted(folder.glob(pattern)) if place.is_dir()]
+    for place in (folder, *unpacked):
+        single = next((place / name for name in (*names, *own_files) if (place / name).is_file()), None)
+        if single is not None:
+            return [single]
     places = [folder, *(folder / name for name in (config, "data") if name)]
     shards = (sorted(place.glob(f"{split}-*-of-*.parquet")) for place in places)
     return next((files for files in shards if files), [])

@@ -4,8 +4,9 @@ A task is a subclass that says little more than that (see `tasks/`); loading, so
 here.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -27,10 +28,10 @@ class TaskData:
 
 @dataclass(frozen=True)
 class Split:
-    """A split by its name on the hub; `own_file` is what the data's publishers call its file, if otherwise."""
+    """A split by its name on the hub; `own_files` are what the data's publishers call its file, if otherwise."""
 
     name: str
-    own_file: str | None = None
+    own_files: tuple[str, ...] = ()
 
 
 class Task:
@@ -38,6 +39,7 @@ class Task:
 
     name, title: on the command line, and in messages. hub: its data set. scored, solved: the splits of the questions
     and of the solved examples (None: it has none, and the first rows of the scored split are held back).
+    own_folders: where the publishers' files lie once their archive is unpacked or their repository cloned, as patterns.
     subject: of all its questions; None where each row says its own.
     format: what --format overrides: letter (the choices are listed) or cloze (each choice continues the context).
     shots: what --shots overrides. conversation: whether the cloze format is a chat turn even without --chat-template.
@@ -48,6 +50,7 @@ class Task:
     hub: Hub
     scored = Split("validation")
     solved: Split | None = Split("train")
+    own_folders: tuple[str, ...] = ()
     subject: str | None = None
     format = "letter"
     shots = 5
@@ -62,6 +65,12 @@ class Task:
             CalsmoothError: the row is bad; the message names it and the column.
         """
         raise NotImplementedError
+
+    def remark(self, row: Row) -> str | None:
+        """What isn't as it should be in a row that becomes a question all the same, to be counted in a note: what
+        "3 of 9 questions" do or have.
+        """
+        return None
 
     def letter_header(self, subject: str, style: str) -> str:
         """What stands before the first solved example in the letter format.
@@ -108,29 +117,40 @@ class Task:
                 split = f"{self.scored.name} split of {self.title}"
                 raise UsageError(f"--data-dir {folder}: no {split} there; expected {self._files()}")
             rows, solved = found, self.local_rows(folder, self.solved) if self.solved else None
-        questions = self._questions(rows)
+        remarks: Counter[str] = Counter()
+        questions = self._questions(self._remarked(rows, remarks))
+        notes = [f"{self.name}: {n:,} of {len(questions):,} questions {remark}" for remark, n in remarks.items()]
         if shots == 0:
-            return TaskData(questions, {}, source)
+            return TaskData(questions, {}, source, notes)
         if solved is not None:
             # A split with one subject needn't be read to its end.
             read = self._questions(islice(solved, shots) if self.subject is not None else solved)
-            return TaskData(questions, first_examples(read, questions, shots, source), source)
+            return TaskData(questions, first_examples(read, questions, shots, source), source, notes)
         each = "" if self.subject is not None else " of each subject"
         why = f"{source} has no {self.solved.name} split" if self.solved else "it has no other split"
-        return hold_back(self.name, questions, shots, source, f"of the {self.scored.name} split{each} ({why})")
+        data = hold_back(self.name, questions, shots, source, f"of the {self.scored.name} split{each} ({why})")
+        return replace(data, notes=[*data.notes, *notes])
 
     def local_rows(self, folder: Path, split: Split) -> Iterator[Row] | None:
         """Rows of a split in a folder, in the hub's columns or its publishers'; None where it doesn't have it."""
-        files = split_files(folder, split.name, self.hub.config, split.own_file)
+        files = split_files(folder, split.name, self.hub.config, split.own_files, self.own_folders)
         return file_rows(files) if files else None
+
+    def _remarked(self, rows: Iterable[Row], remarks: Counter[str]) -> Iterator[Row]:
+        """The rows; what is to be remarked on them is counted as they are read."""
+        for row in rows:
+            yield row
+            # Behind the row: one that makes no question has stopped it all by now.
+            if (remark := self.remark(row)) is not None:
+                remarks[remark] += 1
 
     def _questions(self, rows: Iterable[Row]) -> list[Question]:
         return [self.question(row, str(number)) for number, row in enumerate(rows)]
 
     def _files(self) -> str:
-        own = f" or {self.scored.own_file}" if self.scored.own_file else ""
-        names = f"{self.scored.name}.jsonl, .json, .csv or .parquet{own}"
-        return f"{names} with the columns of {self.hub.dataset}, or a copy of that repository"
+        own = f"its authors' {' or '.join(self.scored.own_files)}, " if self.scored.own_files else ""
+        names = f"{self.scored.name}.jsonl, .json, .csv, .tsv or .parquet with the columns of {self.hub.dataset}"
+        return f"{own}{names}, or a copy of that repository"
 
     def _otherwise(self) -> str:
         examples = f" (and {self.solved.name} for the solved examples)" if self.solved else ""

@@ -27,8 +27,8 @@ class FinetuneConfig(Settings):
     model: str = setting(BUILT_IN, "Model folder or hub id; 'demo' is the built-in one.", flags=("--model", "-m"))
     dataset: tuple[str, ...] = setting(
         (BUILT_IN,),
-        "Instruction data: a JSON, JSONL, CSV or parquet file, a pattern ('data/*.jsonl'), a folder or a hub id, each "
-        "written SOURCE@REVISION#SPLIT=WEIGHT; several are mixed; 'demo' is built in.",
+        "Instruction data: a JSON, JSONL, CSV, TSV or parquet file, a pattern ('data/*.jsonl'), a folder or a hub id, "
+        "each written SOURCE@REVISION#SPLIT=WEIGHT; several are mixed; 'demo' is built in.",
         flags=("--dataset", "-d"),
         metavar="SOURCE,...",
         from_mapping=source_text,

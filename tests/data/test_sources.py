@@ -130,6 +130,8 @@ class TestBadInput:
             ("rows.csv", "a,b\n1,2,3\n", ", line 2: expected 2 columns, as in the header"),
             ("rows.csv", 'a,b\n1,2\n"x"y,2\n', ", line 3: not readable as CSV"),
             ("rows.csv", 'a,b\n"never closed,2\n', ", line 2: not readable as CSV"),
+            ("rows.tsv", "a\tb\n1\t2\n1\n", ", line 3: expected 2 columns, as in the header"),
+            ("rows.tsv", 'a\tb\n"x" he said\t2\n', ", line 2: not readable as TSV"),
             ("rows.csv", b"a,b\n\xff,2\n", ": not readable as CSV ('utf-8' codec can't decode"),
             ("rows.parquet", b"PAR1 it is not", ": not readable as parquet"),
             ("rows.parquet", b"", ": not readable as parquet"),
@@ -157,7 +159,7 @@ class TestBadInput:
     @pytest.mark.parametrize("name", ["rows.txt", "rows.jsonl.gz", "rows"])
     def test_unknown_file_type(self, write_file, name):
         error = error_of(write_file(name, as_jsonl(ROWS)))
-        assert f"/{name}: unknown file type; expected one of .jsonl, .ndjson, .json, .csv, .parquet" in str(error)
+        assert f"/{name}: unknown file type; expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet" in str(error)
         assert isinstance(error, UsageError)
 
     @pytest.mark.parametrize("source", ["missing.jsonl", "./missing", "/missing/folder", "a/b/c", "~/missing.csv", ""])

@@ -45,6 +45,12 @@ def task_file(tmp_path):
     return write
 
 
+def test_a_table_with_tabs_is_read_as_one_with_commas(task_file, tmp_path):
+    (tmp_path / "capitals.tsv").write_text(CSV.replace(",", "\t"))
+    from_tabs = read_task(task_file(data="capitals.tsv")).load(None, 0).questions
+    assert from_tabs == read_task(task_file()).load(None, 0).questions
+
+
 def test_columns_of_choices_and_letters(task_file):
     task = read_task(task_file(subject="European capitals", id="no"))
     assert (task.name, task.format, task.shots) == ("capitals", "letter", 0)

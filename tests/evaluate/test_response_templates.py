@@ -124,7 +124,7 @@ def test_a_chat_model_is_asked_in_its_own_format(rows, base, tokenizer):
 
 
 def test_a_template_is_for_responses():
-    with pytest.raises(UsageError, match="--template: is for --task responses"):
+    with pytest.raises(UsageError, match="--template: goes with --task responses"):
         EvaluateConfig(task=("mmlu",), template="alpaca")
     with pytest.raises(UsageError, match="--template must be one of auto, chat, alpaca, tulu, got 'alpacca'; did you"):
         EvaluateConfig(task=("responses",), template="alpacca")

@@ -14,7 +14,9 @@ from calsmooth.cli.app import app
 from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.evaluate import run as run_module
 from calsmooth.evaluate.config import EvaluateConfig
+from calsmooth.evaluate.questions import Question
 from calsmooth.evaluate.run import run
+from calsmooth.evaluate.tasks import CHOICE_TASKS
 from calsmooth.records import read_predictions
 
 DOCUMENTED = (
@@ -192,6 +194,33 @@ def test_what_could_not_be_shared_is_noted(config, build, tokenizer, tmp_path, k
     tokenizer.save_pretrained(tmp_path / kind)
     settings = {"model": str(tmp_path / kind), "task": ("arc_easy",), "format": "cloze", "limit": 3, "shots": 2}
     assert run(config(**settings)).results["notes"] == ([note] if note else [])
+
+
+def test_predictions_hold_the_order_of_shuffled_choices(config, tmp_path):
+    rows = [{"question": f"Why {i}?", "mc1_targets": {f"blue {i}": 1, "red": 0, "": 0, "none": 0}} for i in range(9)]
+    (tmp_path / "mc_task.json").write_text(json.dumps(rows))
+    result = run(config(task=("truthfulqa_mc1",), data_dir=tmp_path, format="cloze"))
+    note = "truthfulqa_mc1: 9 of 9 questions have an empty wrong choice, which was left out"
+    assert note in result.results["notes"]
+    predictions = read_predictions(tmp_path / "out" / "predictions.jsonl")
+    assert predictions == result.predictions
+    assert len({p.order for p in predictions}) > 2
+    for p in predictions:
+        assert sorted(p.order) == [0, 1, 3]
+        assert p.order[p.gold] == 0
+    # A choice's log-probability is that of its text, wherever it was put.
+    own = tmp_path / "own.yaml"
+    own.write_text("data: own.jsonl\nformat: cloze\nanswer_as: index\ncontext: '{question}'\n")
+    context = CHOICE_TASKS["truthfulqa_mc1"].cloze_context
+    lines = []
+    for i, row in enumerate(rows):
+        text = context(Question(str(i), "", row["question"], (), 0))
+        lines.append({"question": text, "choices": [f"blue {i}", "red", "none"], "answer": 0})
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    published = run(config(task=(str(own),), output=tmp_path / "published")).predictions
+    for p, q in zip(predictions, published, strict=True):
+        joined = dict(zip(p.order, p.logprobs, strict=True))
+        assert [joined[i] for i in (0, 1, 3)] == pytest.approx(q.logprobs, abs=1e-4)
 
 
 def test_responses_need_a_dataset(config):

@@ -102,11 +102,13 @@ def test_hellaswag_without_train_holds_its_first_rows_back(tmp_path):
     data = HELLASWAG.load(tmp_path, 3)
     assert [q.text for q in data.examples["common sense"]] == [f"Roofing: Row {i}." for i in range(3)]
     assert [q.text for q in data.questions] == [f"Roofing: Row {i}." for i in range(3, 8)]
+    without = "hellaswag: 8 of 8 questions have no 'ctx_b': what follows the last full stop of 'ctx' was taken for it"
     assert data.notes == [
         "hellaswag: held back as solved examples, not scored: the first 3 rows of the validation split "
-        f"({tmp_path} has no train split)"
+        f"({tmp_path} has no train split)",
+        without,
     ]
-    assert HELLASWAG.load(tmp_path, 0).notes == []
+    assert HELLASWAG.load(tmp_path, 0).notes == [without]
     with pytest.raises(CalsmoothError, match="too few"):
         HELLASWAG.load(tmp_path, 8)
 
@@ -248,6 +250,196 @@ def test_files_as_their_authors_publish_them(tmp_path):
     assert question.choices[question.answer] == "b"
 
 
+STEM = {"id": "m", "question": {"stem": "Why?", "choices": [{"text": "a", "label": "A"}, {"text": "b", "label": "B"}]}}
+KEYED = [STEM | {"answerKey": "B"}] * 6
+TABLE = "ID\tQuestion Stem\tChoices\tComplete Question\tAnswer Key\n7-1\tWhy?\t(A) a (B) b (C) c (D) (x) d\tWhy?\tB\n"
+FILLED = [{"qID": "m", "sentence": "It is _ here.", "option1": "a", "option2": "b", "answer": "2"}] * 6
+GOALS = [{"id": "m", "goal": "Why?", "sol1": "a", "sol2": "b"}] * 6
+TRUE = [{"question": "Why?", "mc0_targets": {}, "mc1_targets": {"b": 1, "a": 0}, "mc2_targets": {"b": 1, "a": 0}}] * 6
+SCENES = [{"ind": 1, "activity_label": "Why", "ctx_a": "So.", "ctx_b": "", "ctx": "So.", "split": "val", "label": 1,
+           "endings": ["a", "b", "c", "d"], "source_id": "wikihow~1"}] * 6  # fmt: skip
+ARCHIVES = {
+    # what their authors publish, as it lies on a disk once it is unpacked or cloned
+    "arc_easy": {
+        "ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-Test.jsonl": KEYED,
+        "ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-Train.jsonl": KEYED,
+    },
+    "arc_challenge": {
+        "ARC-V1-Feb2018-2/ARC-Challenge/ARC-Challenge-Test.jsonl": KEYED,
+        "ARC-V1-Feb2018-2/ARC-Challenge/ARC-Challenge-Train.jsonl": KEYED,
+    },
+    "openbookqa": {
+        "OpenBookQA-V1-Sep2018/Data/Main/test.jsonl": KEYED,
+        "OpenBookQA-V1-Sep2018/Data/Main/train.jsonl": KEYED,
+        "OpenBookQA-V1-Sep2018/Data/Main/test.tsv": TABLE,
+    },
+    "commonsense_qa": {"dev_rand_split.jsonl": KEYED, "train_rand_split.jsonl": KEYED},
+    "piqa": {
+        "physicaliqa-train-dev/dev.jsonl": GOALS,
+        "physicaliqa-train-dev/dev-labels.lst": "1\n" * 6,
+        "physicaliqa-train-dev/train.jsonl": GOALS,
+        "physicaliqa-train-dev/train-labels.lst": "1\n" * 6,
+    },
+    "winogrande": {
+        "winogrande_1.1/dev.jsonl": FILLED,
+        "winogrande_1.1/dev-labels.lst": "2\n" * 6,
+        "winogrande_1.1/train_xl.jsonl": FILLED,
+    },
+    "truthfulqa_mc1": {"TruthfulQA-main/data/mc_task.json": TRUE},
+    "hellaswag": {
+        "hellaswag-master/data/hellaswag_val.jsonl": SCENES,
+        "hellaswag-master/data/hellaswag_train.jsonl": SCENES,
+    },
+    "mmlu": {
+        "data/test/anatomy_test.csv": "Why?,a,b,c,d,B\n" * 6,
+        "data/dev/anatomy_dev.csv": "Why?,a,b,c,d,B\n" * 5,
+    },
+}
+
+
+def write_archive(folder: Path, name: str) -> None:
+    for path, content in ARCHIVES[name].items():
+        file = folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            file.write_text(content)
+        elif file.suffix == ".json":
+            file.write_text(json.dumps(content))
+        else:
+            write_jsonl(file, content)
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_archives_as_they_are_unpacked(tmp_path, name):
+    write_archive(tmp_path, name)
+    task = CHOICE_TASKS[name]
+    first = next(iter(ARCHIVES[name])).split("/")
+    # The folder that holds the archive's, that folder, and the one with the files in it.
+    for depth in range(len(first) if name != "mmlu" else 2):
+        data = task.load(tmp_path.joinpath(*first[:depth]), task.shots)
+        assert len(data.questions) == 6
+        assert {q.choices[q.answer] for q in data.questions} == {"b"}
+        assert data.notes == []
+        assert {len(examples) for examples in data.examples.values()} == ({5} if task.shots else set())
+
+
+def test_all_archives_side_by_side(tmp_path):
+    for name in ARCHIVES:
+        write_archive(tmp_path / name, name)
+    for name in ARCHIVES:
+        assert len(CHOICE_TASKS[name].load(tmp_path, 0).questions) == 6
+
+
+def test_openbookqas_tables(tmp_path):
+    (tmp_path / "test.tsv").write_text(TABLE)
+    task = CHOICE_TASKS["openbookqa"]
+    (question,) = task.load(tmp_path, 0).questions
+    assert question == Question("7-1", "science", "Why?", ("a", "b", "c", "(x) d"), 1)
+    (tmp_path / "test.tsv").write_text(TABLE.replace("(C) c ", ""))
+    with pytest.raises(CalsmoothError, match=r"test.tsv, line 2: 'Choices' must be '\(A\) ... \(B\) ... \(C\) ..."):
+        task.load(tmp_path, 0)
+    (tmp_path / "test.tsv").write_text(TABLE.replace("\tB\n", "\tE\n"))
+    with pytest.raises(CalsmoothError, match="line 2: 'Answer Key' must be one of A, B, C, D, got 'E'"):
+        task.load(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("0\n1\n2\n", "valid-labels.lst, line 3: a label must be 0 or 1, got '2'"),
+        ("0\n1\n", "valid-labels.lst: holds 2 labels, but .*valid.jsonl has 3 rows"),
+        ("0\n1\n1\n0\n", "valid-labels.lst: holds 4 labels, but .*valid.jsonl has 3 rows"),
+        ("", "valid-labels.lst: holds 0 labels, but .*valid.jsonl has 3 rows"),
+        ("0\n1\n0", None),
+    ],
+)
+def test_piqas_labels_beside_its_rows(tmp_path, labels, message):
+    write_jsonl(tmp_path / "valid.jsonl", [GOALS[0] | {"goal": f"Why {i}?"} for i in range(3)])
+    (tmp_path / "valid-labels.lst").write_text(labels)
+    task = CHOICE_TASKS["piqa"]
+    if message is None:
+        assert [q.answer for q in task.load(tmp_path, 0).questions] == [0, 1, 0]
+        return
+    with pytest.raises(CalsmoothError, match=message):
+        task.load(tmp_path, 0)
+
+
+def test_piqa_without_its_labels_names_the_column(tmp_path):
+    write_jsonl(tmp_path / "valid.jsonl", GOALS)
+    with pytest.raises(CalsmoothError, match="line 1: no column 'label', and no file with the labels beside it"):
+        CHOICE_TASKS["piqa"].load(tmp_path, 0)
+
+
+def truths(count=12):
+    """Rows as in mc_task.json; every third has an empty wrong choice."""
+    return [
+        {"question": f"Why {i}?", "mc1_targets": {f"true {i}": 1, "a": 0, **({"": 0} if i % 3 == 0 else {}), "b": 0}}
+        for i in range(count)
+    ]
+
+
+def test_truthfulqas_empty_choices_are_left_out_and_counted(tmp_path):
+    (tmp_path / "mc_task.json").write_text(json.dumps(truths()))
+    data = CHOICE_TASKS["truthfulqa_mc1"].load(tmp_path, 0)
+    assert data.notes == ["truthfulqa_mc1: 4 of 12 questions have an empty wrong choice, which was left out"]
+    assert {len(q.choices) for q in data.questions} == {3}
+    for question, row in zip(data.questions, truths(), strict=True):
+        published = list(row["mc1_targets"])
+        assert tuple(published[i] for i in question.order) == question.choices
+        assert question.choices[question.answer] == published[0]
+    (tmp_path / "mc_task.json").write_text(json.dumps([{"question": "Why?", "mc1_targets": {"": 1, "a": 0, "b": 0}}]))
+    with pytest.raises(CalsmoothError, match="row 1: every choice must be text that isn't empty"):
+        CHOICE_TASKS["truthfulqa_mc1"].load(tmp_path, 0)
+
+
+def test_truthfulqas_letters_dont_depend_on_the_other_rows(tmp_path):
+    def load(rows):
+        (tmp_path / "mc_task.json").write_text(json.dumps(rows))
+        return {q.text: (q.choices, q.answer) for q in CHOICE_TASKS["truthfulqa_mc1"].load(tmp_path, 0).questions}
+
+    everything = load(truths())
+    assert load(truths()[5:]) == {text: asked for text, asked in everything.items() if int(text[4:-1]) >= 5}
+    assert len({answer for _, answer in everything.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("ctx_a", "ctx_b"),
+    [
+        ("A man sits on a roof.", "he"),
+        ("She bends down and grabs the pole.", "the lady in red"),
+        ("He asks: why?", "they"),
+        ('He says "stop."', "then"),
+        ("1 a guy is playing.", "2 a guy"),
+        ("They stop (for a while.)", "next, the men"),
+        ("[header] How to cook [title] Buy food. [step] Do these things:", ""),
+        ("Then everything was done.", ""),
+    ],
+)
+def test_hellaswag_with_ctx_alone_is_asked_in_the_same_words(tmp_path, ctx_a, ctx_b):
+    row = scene(ctx_a=ctx_a, ctx_b=ctx_b)
+    alone = {key: value for key, value in row.items() if key not in ("ctx_a", "ctx_b")}
+    asked = []
+    for one in (row, alone | {"ctx": f"{ctx_a} {ctx_b}".strip()}):
+        write_jsonl(tmp_path / "validation.jsonl", [one])
+        data = HELLASWAG.load(tmp_path, 0)
+        asked.append(data.questions)
+    assert asked[0] == asked[1]
+    assert len(data.notes) == 1
+
+
+@pytest.mark.parametrize("ctx", ["no sentence ends here", "It ends. Then Peter"])
+def test_hellaswag_where_ctx_doesnt_tell_is_noted(tmp_path, ctx):
+    row = scene() | {"ctx": ctx}
+    del row["ctx_a"], row["ctx_b"]
+    write_jsonl(tmp_path / "validation.jsonl", [row, scene()])
+    data = HELLASWAG.load(tmp_path, 0)
+    assert data.questions[0].text == f"Roofing: {ctx}"
+    assert data.notes == [
+        "hellaswag: 1 of 2 questions have no 'ctx_b', and 'ctx' doesn't tell where it would begin: 'ctx' was asked as "
+        "it is"
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -317,6 +509,33 @@ def test_the_real_files_load(external_data):
     assert len({q.subject for q in mmlu.questions}) == 57
     assert len(HELLASWAG.load(external_data, 5).questions) in (10042, 10037)
     assert len(ARC.load(external_data / "arc_easy", 5).questions) == 2376
+
+
+def test_openbookqas_real_tables_load(external_data):
+    if not (external_data / "openbookqa" / "test.tsv").is_file():
+        pytest.skip("CALSMOOTH_TEST_DATA has no openbookqa/test.tsv")
+    data = CHOICE_TASKS["openbookqa"].load(external_data, 5)
+    assert len(data.questions) == 500
+    assert len(data.examples["science"]) == 5
+    assert {len(q.choices) for q in data.questions} == {4}
+    assert not any(f"({label})" in choice for q in data.questions for choice in q.choices for label in "ABCD")
+    assert (data.questions[0].choices[1], data.questions[0].answer) == ("quit eating lunch out", 1)
+
+
+def test_hellaswags_real_scenes_begin_with_capitals(external_data):
+    """The copy there has `ctx` alone: 3,243 scenes are ActivityNet's, and 7 of them go on with a numeral or a quote."""
+    data = HELLASWAG.load(external_data, 0)
+    if "ctx_b" not in "".join(data.notes):
+        pytest.skip("CALSMOOTH_TEST_DATA has the hub's columns")
+    beginnings = [q.text.rsplit(". ", 1)[-1] for q in data.questions if not q.text.endswith(tuple(".!?\"'"))]
+    assert 3000 < len(beginnings) < 3300
+    assert not any(beginning[0].islower() for beginning in beginnings if not beginning[0].isdigit())
+
+
+def test_arc_challenges_real_files_load(external_data):
+    if not (external_data / "arc_challenge" / "ARC-Challenge-Test.jsonl").is_file():
+        pytest.skip("CALSMOOTH_TEST_DATA has no arc_challenge/ARC-Challenge-Test.jsonl")
+    assert len(CHOICE_TASKS["arc_challenge"].load(external_data, 0).questions) in (1172, 1150)  # a copy has fewer
 
 
 def test_names():

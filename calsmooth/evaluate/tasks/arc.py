@@ -29,10 +29,12 @@ class _Arc(Task):
 class ArcEasy(_Arc):
     name, title = "arc_easy", "ARC-Easy"
     hub = Hub("allenai/ai2_arc", REVISION, "ARC-Easy")
-    scored, solved = Split("test", "ARC-Easy-Test.jsonl"), Split("train", "ARC-Easy-Train.jsonl")
+    scored, solved = Split("test", ("ARC-Easy-Test.jsonl",)), Split("train", ("ARC-Easy-Train.jsonl",))
+    own_folders = ("ARC-Easy", "ARC-V1-Feb2018*/ARC-Easy")
 
 
 class ArcChallenge(_Arc):
     name, title = "arc_challenge", "ARC-Challenge"
     hub = Hub("allenai/ai2_arc", REVISION, "ARC-Challenge")
-    scored, solved = Split("test", "ARC-Challenge-Test.jsonl"), Split("train", "ARC-Challenge-Train.jsonl")
+    scored, solved = Split("test", ("ARC-Challenge-Test.jsonl",)), Split("train", ("ARC-Challenge-Train.jsonl",))
+    own_folders = ("ARC-Challenge", "ARC-V1-Feb2018*/ARC-Challenge")

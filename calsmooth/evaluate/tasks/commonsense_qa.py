@@ -16,7 +16,7 @@ class CommonsenseQA(Task):
 
     name, title = "commonsense_qa", "CommonsenseQA"
     hub = Hub("tau/commonsense_qa", "94630fe30dad47192a8546eb75f094926d47e155")
-    scored, solved = Split("validation", "dev_rand_split.jsonl"), Split("train", "train_rand_split.jsonl")
+    scored, solved = Split("validation", ("dev_rand_split.jsonl",)), Split("train", ("train_rand_split.jsonl",))
     subject = "common sense"
 
     def question(self, row: Row, id: str) -> Question:

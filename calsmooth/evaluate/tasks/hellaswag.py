@@ -8,6 +8,8 @@ from calsmooth.evaluate.questions import Question, make_question
 from calsmooth.evaluate.rows import Hub, column
 from calsmooth.evaluate.task import Split, Task
 
+SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019)\]]*(?:\s+|$)")
+
 
 class HellaSwag(Task):
     """Scored on the validation split, with the first rows of the train split as solved examples.
@@ -18,7 +20,8 @@ class HellaSwag(Task):
 
     name, title = "hellaswag", "HellaSwag"
     hub = Hub("Rowan/hellaswag", "218ec52e09a7e7462a5400043bb9a69a41d06b76")
-    scored, solved = Split("validation", "hellaswag_val.jsonl"), Split("train", "hellaswag_train.jsonl")
+    scored, solved = Split("validation", ("hellaswag_val.jsonl",)), Split("train", ("hellaswag_train.jsonl",))
+    own_folders = ("data", "hellaswag*/data")
     subject = "common sense"
 
     def question(self, row: Row, id: str) -> Question:
@@ -32,14 +35,37 @@ class HellaSwag(Task):
         text = _clean(f"{activity}: {_scene(row)}")
         return make_question(row.where, id, self.subject, text, [_clean(e) for e in endings], int(label))
 
+    def remark(self, row: Row) -> str | None:
+        if "ctx_a" in row.columns:
+            return None
+        if _capitalised(row)[1]:
+            return "have no 'ctx_b': what follows the last full stop of 'ctx' was taken for it"
+        return "have no 'ctx_b', and 'ctx' doesn't tell where it would begin: 'ctx' was asked as it is"
+
     def cloze_context(self, question: Question) -> str:
         return question.text
 
 
 def _scene(row: Row) -> str:
+    """`ctx_a`, whole sentences, and `ctx_b`, the one to finish, capitalised; in WikiHow's half there is none."""
     if "ctx_a" in row.columns:
         return f"{row.columns['ctx_a']} {str(column(row.where, row.columns, 'ctx_b')).capitalize()}"
-    return str(column(row.where, row.columns, "ctx"))
+    return _capitalised(row)[0]
+
+
+def _capitalised(row: Row) -> tuple[str, bool]:
+    """The same of a row that has `ctx` alone, which is `ctx_a ctx_b`; False where it doesn't tell the two apart.
+
+    In the published data `ctx_b` has small letters only, and `ctx_a` ends as sentences do.
+    """
+    ctx = str(column(row.where, row.columns, "ctx")).strip()
+    if "[" in ctx or str(row.columns.get("source_id", "")).startswith("wikihow"):
+        return ctx, True
+    ends = [match.end() for match in SENTENCE_END.finditer(ctx)]
+    beginning = ctx[ends[-1] :] if ends else ctx
+    if not ends or beginning != beginning.lower():
+        return ctx, False
+    return ctx[: ends[-1]] + beginning.capitalize(), True
 
 
 def _clean(text: str) -> str:

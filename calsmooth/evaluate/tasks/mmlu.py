@@ -31,8 +31,12 @@ class MMLU(Task):
         return f"Question: {question.text.strip()}\nAnswer:"
 
     def local_rows(self, folder: Path, split: Split) -> Iterator[Row] | None:
-        """The authors' files, one a subject: DIR/test/anatomy_test.csv, DIR/dev/anatomy_dev.csv, ...; or the hub's."""
-        files = sorted((folder / split.name).glob(f"*_{split.name}.csv"))
+        """The authors' files, one a subject: DIR/test/anatomy_test.csv, DIR/dev/anatomy_dev.csv, ...; or the hub's.
+
+        The authors' archive has them in data/.
+        """
+        places = (sorted((place / split.name).glob(f"*_{split.name}.csv")) for place in (folder, folder / "data"))
+        files = next((files for files in places if files), [])
         if not files:
             return super().local_rows(folder, split)
         return (row for file in files for row in _rows(file, file.name.removesuffix(f"_{split.name}.csv")))

@@ -1,6 +1,6 @@
 """A user's own task: a YAML file that says where the questions are and which columns they have. No Python.
 
-data: quiz.csv                  # .jsonl, .json, .csv or .parquet, beside this file
+data: quiz.csv                  # .jsonl, .json, .csv, .tsv or .parquet, beside this file
 question: prompt                # its columns
 choices: [a, b, c, d]           # a column each, or one that holds a list
 answer: correct
@@ -34,7 +34,7 @@ ANSWERS = {
 class TaskFile(Settings):
     """The keys of a task's YAML file. Paths are relative to it; columns are named as the data file names them."""
 
-    data: Path | None = setting(None, "File of the questions: .jsonl, .json, .csv or .parquet.")
+    data: Path | None = setting(None, "File of the questions: .jsonl, .json, .csv, .tsv or .parquet.")
     name: str | None = setting(None, "What results call the task.", shown_default="the YAML file's name")
     question: str = setting("question", "Column of the question.")
     choices: tuple[str, ...] = setting(("choices",), "Column that holds a list, or a column for each choice.")

@@ -28,30 +28,41 @@ PRIMER = (
 class TruthfulQA(Task):
     """Scored on its only split, validation, and without solved examples: it has no other split to take them from.
 
-    The data lists the right answer first: its choices are shuffled here, by a seed of the question's number, or a model
-    that says "A" would have every letter right. In the cloze format six questions and answers of the paper come first.
+    The data lists the right answer first: its choices are shuffled here, or a model that says "A" would have every
+    letter right. The seed is the question's text, so that a question is asked alike whatever else is in the file;
+    predictions hold the `order`. In the cloze format six questions and answers of the paper come first.
     """
 
     name, title = "truthfulqa_mc1", "TruthfulQA (mc1)"
     hub = Hub("truthfulqa/truthful_qa", "741b8276f2d1982aa3d5b832d3ee81ed3b896490", "multiple_choice")
-    scored, solved = Split("validation", "mc_task.json"), None
+    scored, solved = Split("validation", ("mc_task.json",)), None
+    own_folders = ("data", "TruthfulQA*/data")
     subject = "general knowledge"
     shots = 0
 
     def question(self, row: Row, id: str) -> Question:
         text = column(row.where, row.columns, "question")
-        choices, answer = _targets(row.where, column(row.where, row.columns, "mc1_targets"))
-        order = list(range(len(choices)))
-        random.Random(f"{self.name}/{id}").shuffle(order)
-        return make_question(row.where, id, self.subject, text, [choices[i] for i in order], order.index(answer))
+        choices, answer = _targets(row)
+        order = [i for i, choice in enumerate(choices) if not _is_empty(choice) or i == answer]
+        random.Random(f"{self.name}/{text}").shuffle(order)
+        shuffled = [choices[i] for i in order]
+        return make_question(row.where, id, self.subject, text, shuffled, order.index(answer), order)
+
+    def remark(self, row: Row) -> str | None:
+        return "have an empty wrong choice, which was left out" if any(map(_is_empty, _targets(row)[0])) else None
 
     def cloze_context(self, question: Question) -> str:
         asked = [f"Q: {primed}\nA: {answer}\n\n" for primed, answer in PRIMER]
         return "".join(asked) + f"Q: {question.text}\nA:"
 
 
-def _targets(where: str, targets: Any) -> tuple[list[Any], int]:
+def _is_empty(choice: Any) -> bool:
+    return isinstance(choice, str) and not choice.strip()
+
+
+def _targets(row: Row) -> tuple[list[Any], int]:
     """(choices, index of the right one) of the hub's {choices, labels}, or of the authors' {choice: label}."""
+    where, targets = row.where, column(row.where, row.columns, "mc1_targets")
     if isinstance(targets, dict) and "choices" not in targets:
         targets = {"choices": list(targets), "labels": list(targets.values())}
     choices, labels = column(where, targets, "choices"), column(where, targets, "labels")

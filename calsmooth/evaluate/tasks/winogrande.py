@@ -20,7 +20,8 @@ class WinoGrande(Task):
 
     name, title = "winogrande", "WinoGrande"
     hub = Hub("allenai/winogrande", "01e74176c63542e6b0bcb004dcdea22d94fb67b5", "winogrande_xl")
-    scored, solved = Split("validation", "dev.jsonl"), Split("train", "train_xl.jsonl")
+    scored, solved = Split("validation", ("dev.jsonl",)), Split("train", ("train_xl.jsonl",))
+    own_folders = ("winogrande_1.*",)
     subject = "common sense"
 
     def question(self, row: Row, id: str) -> Question:
