@@ -46,6 +46,7 @@ class CalibrateConfig(Settings):
         "temperature only.",
         metavar="DIR",
     )
+    force: bool = setting(False, "With --bake: also where the verdict is not to apply the temperature.")
     output: Path | None = setting(
         None, "Folder for the results: new or empty.", shown_default="runs/calibrate-NAME", flags=("--output", "-o")
     )
@@ -56,6 +57,8 @@ class CalibrateConfig(Settings):
         super().__post_init__()
         if self.folds is not None and self.fit_fraction is not None:
             raise UsageError("--folds and --fit-fraction are two ways to split the questions; give one of them")
+        if self.force and self.bake is None:
+            raise UsageError("--force: bakes against the verdict, and there is no --bake; add it, or leave --force out")
         if self.bake is not None and self.method != "temperature":
             raise UsageError(
                 f"--bake: only a temperature can be folded into a model's weights, and --method is {self.method}; "

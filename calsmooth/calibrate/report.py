@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from calsmooth import page
+from calsmooth.calibrate.verdict import Difference, difference_text, interval_text
 from calsmooth.files import write_text
 from calsmooth.plots import Reliability, plot_reliability, save_figure
 from calsmooth.tables import METRICS, ON_TERMINAL, metric_text
@@ -15,14 +16,22 @@ TASKS_SHOWN = 10
 """More tasks than these are left to calibration.json and report.html."""
 
 
+def verdicts(results: Mapping[str, Any]) -> list[str]:
+    """Whether to apply the fit, in one sentence; in two where cloze scores are summed and per byte."""
+    if "per_byte" not in results:
+        return [results["verdict"]["sentence"]]
+    scores = {"Summed": results, "Per byte": results["per_byte"]}
+    return [f"{words}: {of_scores['verdict']['sentence']}" for words, of_scores in scores.items()]
+
+
 def what_was_fitted(results: Mapping[str, Any]) -> str:
-    """The first line: the fit, and which questions it saw and which it is judged on."""
+    """The fit, and which questions it saw and which it is judged on."""
     if results["method"] != "temperature":
         fitted = f"Method {results['method']}"
     else:
-        fitted = f"Temperature {results['temperature']:.4g}"
+        fitted = f"Temperature {_temperature(results)}"
         if "per_byte" in results:
-            fitted += f" (of scores per byte, {results['per_byte']['temperature']:.4g})"
+            fitted += f"; of scores per byte, {_temperature(results['per_byte'])}"
     if "folds" in results:
         number = len(results["folds"])
         return (
@@ -30,6 +39,10 @@ def what_was_fitted(results: Mapping[str, Any]) -> str:
             f"{number - 1} of {number} folds."
         )
     return f"{fitted}, fitted on {results['n_fit']:,} questions; below, the other {results['n_report']:,}."
+
+
+def _temperature(results: Mapping[str, Any]) -> str:
+    return f"{results['temperature']:.4g} (95 % interval {interval_text(*results['temperature_interval'])})"
 
 
 def rows(results: Mapping[str, Any], most_tasks: int = TASKS_SHOWN) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -50,13 +63,26 @@ def rows(results: Mapping[str, Any], most_tasks: int = TASKS_SHOWN) -> Iterator[
 def remarks(results: Mapping[str, Any], most_tasks: int = TASKS_SHOWN) -> list[str]:
     """How sure the numbers are, and the notes of the run."""
     (low, high), after = results["after"]["ece_interval"], results["after"]
+    scores = {"": results}
+    if "per_byte" in results:
+        scores = {"summed: ": results, "per byte: ": results["per_byte"]}
     lines = [
+        *(f"{words}{_changes(of_scores)}" for words, of_scores in scores.items()),
         f"95 % interval of ECE after: {low:.3f} to {high:.3f}; perfect calibration would show "
-        f"{after['ece_if_calibrated']:.3f} at this n"
+        f"{after['ece_if_calibrated']:.3f} at this n",
     ]
     if len(results.get("tasks", {})) > most_tasks:
         lines.append(f"{len(results['tasks'])} tasks; calibration.json and report.html have each")
     return [*lines, *results["notes"]]
+
+
+def _changes(results: Mapping[str, Any]) -> str:
+    headings = {metric.key: metric.heading for metric in METRICS}
+    shown = (
+        f"{headings[name]} {difference_text(Difference(*difference))}"
+        for name, difference in results["differences"].items()
+    )
+    return f"after - before, with 95 % intervals: {', '.join(shown)}"
 
 
 def write_report(folder: Path, results: Mapping[str, Any], panels: Sequence[Reliability]) -> None:
@@ -84,6 +110,7 @@ def write_report(folder: Path, results: Mapping[str, Any], panels: Sequence[Reli
         str(results["config"]["predictions"]),
         page.section(
             "Before and after",
+            *map(page.paragraph, verdicts(results)),
             page.paragraph(what_was_fitted(results)),
             main,
             page.bullets(remarks(results, everything)),

@@ -1,10 +1,10 @@
-"""calibrate: predictions -> disjoint parts -> a fit on one, before and after on the other -> calibration.json, picture.
+"""calibrate: predictions -> disjoint parts -> a fit on one, before and after on the other, and a verdict -> files.
 
 Cloze predictions are calibrated twice, by the sum of their tokens' log-probabilities and by that per byte: two ways to
 read a confidence off the same texts, of which the first is too sure of long endings and the second not sure enough.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,22 @@ from calsmooth import metrics
 from calsmooth.calibrate.binning import fit_histogram, fit_isotonic
 from calsmooth.calibrate.config import FIT_FRACTION, CalibrateConfig
 from calsmooth.calibrate.fit import Fit
+from calsmooth.calibrate.interval import TemperatureInterval, temperature_interval
 from calsmooth.calibrate.report import write_report
 from calsmooth.calibrate.sources import load_predictions
-from calsmooth.calibrate.split import Part, folds, split
+from calsmooth.calibrate.split import SMALLEST_PART, Part, folds, split
 from calsmooth.calibrate.temperature import fit_temperature
 from calsmooth.calibrate.vector import fit_vector
+from calsmooth.calibrate.verdict import (
+    Difference,
+    difference_to_uniform,
+    differences,
+    interval_text,
+    judge_method,
+    judge_temperature,
+    tasks_made_worse,
+    temperature_text,
+)
 from calsmooth.environment import versions
 from calsmooth.errors import UsageError
 from calsmooth.files import run_folder, write_json
@@ -62,13 +73,16 @@ def run(config: CalibrateConfig, folder: Path | None = None) -> CalibrateResult:
     whole, panels = _recalibrate(parts, config)
     results: dict[str, Any] = {"method": config.method, **whole}
     per_byte = [(_per_byte(fit_part), _per_byte(report_part)) for fit_part, report_part in parts]
-    if all(min(map(len, pair)) > 0 for pair in per_byte):
+    scored = sum(len(report_part) for _, report_part in per_byte)
+    if min(scored, *(len(fit_part) for fit_part, _ in per_byte)) >= SMALLEST_PART and all(r for _, r in per_byte):
         results[PER_BYTE], more = _recalibrate(per_byte, config, mass=False)
         results["notes"] += [f"per byte: {note}" for note in results[PER_BYTE].pop("notes")]
         panels = [replace(p, title=f"summed, {p.title}") for p in panels]
         panels += [replace(p, title=f"per byte, {p.title}") for p in more]
         if config.method == "vector":
             results["notes"].append("vector learns from a choice's place, which means nothing in cloze questions")
+    elif any(p.logprobs_per_byte for p in predictions):
+        results["notes"].append("too few questions have scores per byte to calibrate these as well")
     tasks = list(dict.fromkeys(p.task for p in predictions))
     if len(tasks) > 1:
         shown = ", ".join(tasks) if len(tasks) <= 5 else f"{len(tasks)} tasks"
@@ -98,6 +112,15 @@ def _recalibrate(
     fitted_on = parts[0][0] if len(parts) == 1 else report
     final = fits[0] if len(parts) == 1 else fitter(*_arrays(fitted_on, width))
 
+    interval = temperature_interval(*_arrays(fitted_on, width)) if config.method == "temperature" else None
+    changes = differences(before, after, gold, config.seed)
+    if interval is not None:
+        temperature = final.parameters["temperature"]
+        verdict = judge_temperature(temperature, interval, final.note, len(fitted_on), changes["nll"], len(report))
+    else:
+        to_uniform = difference_to_uniform(after, gold, config.seed)
+        verdict = judge_method(config.method, changes["nll"], to_uniform, len(report))
+
     moments = {"before": before, "after": after}
     stated = metrics.pad_choices([p.logprobs for p in report])
 
@@ -106,10 +129,13 @@ def _recalibrate(
         return found | {"choice_mass": metrics.choice_mass(stated[rows]) if mass else None}
 
     results: dict[str, Any] = {
+        "verdict": verdict.to_dict(),
         **final.parameters,
+        **(_interval_fields(interval) if interval is not None else {}),
         "n_fit": len(fitted_on),
         "n_report": len(report),
         **{moment: summary(lp, resamples=RESAMPLES) for moment, lp in moments.items()},
+        "differences": _plain(changes),
         "fit": _fit_quality(final, *_arrays(fitted_on, width)),
         "notes": list(dict.fromkeys(fit.note for fit in [*fits, final] if fit.note)),
     }
@@ -124,7 +150,15 @@ def _recalibrate(
             name: {moment: summary(lp, np.flatnonzero(task == name)) for moment, lp in moments.items()}
             for name in names
         }
-    titles = {"before": "before", "after": f"after, {_label(config.method, final)}"}
+        for name in names:
+            of_task = task == name
+            if of_task.sum() >= SMALLEST_PART:
+                of_task_changes = differences(before[of_task], after[of_task], gold[of_task], config.seed)
+                results["tasks"][name]["differences"] = _plain(of_task_changes)
+        worse = tasks_made_worse(task, before, after, gold)
+        if worse:
+            results["notes"].append(f"NLL clearly rises on {', '.join(worse)}")
+    titles = {"before": "before", "after": f"after, {_label(config.method, final, interval)}"}
     panels = [
         prepare_reliability(
             *metrics.top_choice(np.exp(lp), gold),
@@ -172,8 +206,21 @@ def _per_byte(part: Part) -> Part:
     return [replace(p, logprobs=p.logprobs_per_byte) for p in part if p.logprobs_per_byte is not None]
 
 
-def _label(method: str, fit: Fit) -> str:
-    return f"T = {fit.parameters['temperature']:.3g}" if method == "temperature" else method
+def _label(method: str, fit: Fit, interval: TemperatureInterval | None) -> str:
+    if interval is None:
+        return method
+    return f"T = {temperature_text(fit.parameters['temperature'])} ({interval_text(interval.low, interval.high)})"
+
+
+def _interval_fields(interval: TemperatureInterval) -> dict[str, Any]:
+    """The interval for JSON, which has no infinity: null stands for it."""
+    ends = [end if np.isfinite(end) else None for end in (interval.low, interval.high)]
+    test = {"likelihood_ratio": interval.likelihood_ratio, "critical": interval.critical}
+    return {"temperature_interval": ends, "against_uniform": test}
+
+
+def _plain(changes: Mapping[str, Difference]) -> dict[str, list[float]]:
+    return {name: list(difference) for name, difference in changes.items()}
 
 
 def _noun(method: str) -> str:

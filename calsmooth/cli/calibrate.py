@@ -37,7 +37,7 @@ def calibrate(config: CalibrateCommand, output: Output) -> None:
     """Recalibrate on one part of the predictions, report calibration before and after on the rest.
 
     Takes an evaluation's predictions.jsonl or lm-evaluation-harness's samples, or evaluates --model on --task first.
-    Writes calibration.json, reliability.png and report.html.
+    Says whether the recalibration is worth applying. Writes calibration.json, reliability.png and report.html.
     """
     _refuse_several_processes()
     folder: Path | None = None
@@ -57,12 +57,14 @@ def calibrate(config: CalibrateCommand, output: Output) -> None:
         check_letters(model, revision)
     if config.predictions is None:
         calibrate_config, folder = _evaluate_first(config)
-    from calsmooth.calibrate.report import remarks, rows, what_was_fitted
+    from calsmooth.calibrate.report import remarks, rows, verdicts, what_was_fitted
     from calsmooth.calibrate.run import run
     from calsmooth.tables import metrics_table
 
     result = run(calibrate_config, folder)
     found = result.results
+    for verdict in verdicts(found):
+        console.say(Text(verdict, style="bold"))
     console.say(Text(what_was_fitted(found)))
     output.show(metrics_table(rows(found)), result=found)
     for note in remarks(found):
@@ -71,6 +73,10 @@ def calibrate(config: CalibrateCommand, output: Output) -> None:
     if config.bake is not None:
         if found["fit"]["bounded"]:
             raise CalsmoothError(f"--bake: nothing was baked, for there is no best temperature: {found['notes'][0]}")
+        if not (found["verdict"]["apply"] or config.force):
+            raise CalsmoothError(
+                f"--bake: nothing was baked. {found['verdict']['sentence']} To bake it all the same, add --force"
+            )
         _bake(config, config.bake, model, revision, found["temperature"])
 
 

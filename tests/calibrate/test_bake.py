@@ -143,7 +143,7 @@ def evaluation(tmp_path):
     """A finished evaluation that says which model it was of."""
     model = make("llama tied", tmp_path / "model", vocab_size=300)
     save_tokenizer(model)
-    rows = [Prediction("t", "s", str(i), (-0.1, -2.5), int(i % 3 == 0)) for i in range(60)]
+    rows = [Prediction("t", "s", str(i), (-0.1, -2.5), int(i % 3 == 0)) for i in range(300)]
     file = write_predictions(tmp_path / "run" / "predictions.jsonl", rows)
     (file.parent / "results.json").write_text(json.dumps({"model": str(model), "config": {"revision": None}}))
     return file
@@ -170,6 +170,25 @@ def test_a_temperature_held_at_a_bound_is_reported_and_not_baked(evaluation, tmp
     )
     assert (tmp_path / "o" / "calibration.json").is_file()
     assert not (tmp_path / "baked").exists()
+
+
+def test_a_temperature_that_is_not_worth_it_is_baked_by_force_only(evaluation, tmp_path):
+    rows = [Prediction("t", "s", str(i), (-0.4, -1.1), int(i % 3 == 0)) for i in range(300)]  # two thirds, as said
+    write_predictions(evaluation, rows)
+    asked = [evaluation, "--bake", tmp_path / "baked", "--device", "cpu", "-o"]
+    done = calibrate(*asked, tmp_path / "o")
+    assert isinstance(done.exception, CalsmoothError)  # which `main` turns into a line and exit code 1
+    message = str(done.exception)
+    assert message.startswith("--bake: nothing was baked. T = ")
+    assert message.endswith(
+        "can't be told from 1 with 150 questions; don't apply it. To bake it all the same, add --force"
+    )
+    assert (tmp_path / "o" / "calibration.json").is_file()
+    assert not (tmp_path / "baked").exists()
+    done = calibrate(*asked, tmp_path / "forced", "--force")
+    assert done.exit_code == 0, done.output
+    temperature = json.loads((tmp_path / "forced" / "calibration.json").read_text())["temperature"]
+    assert json.loads((tmp_path / "baked" / "temperature.json").read_text())["temperature"] == temperature
 
 
 def test_the_command_refuses_before_any_work(evaluation, tmp_path):

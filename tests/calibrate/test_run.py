@@ -57,9 +57,11 @@ def test_the_command_writes_its_files(predictions, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("Temperature 2.")
-    assert "fitted on 200 questions; below, the other 200" in lines[0]
-    assert [line.split()[:2] for line in lines[2:4]] == [["before", "200"], ["after", "200"]]
+    assert lines[0].startswith("Apply it: T = 2.")
+    assert lines[0].endswith("on 200 held-out questions.")
+    assert lines[1].startswith("Temperature 2.")
+    assert "fitted on 200 questions; below, the other 200" in lines[1]
+    assert [line.split()[:2] for line in lines[3:5]] == [["before", "200"], ["after", "200"]]
     folder = tmp_path / "here"
     assert sorted(p.name for p in folder.iterdir()) == [*FILES]
     assert (folder / "reliability.png").read_bytes().startswith(b"\x89PNG")
@@ -140,7 +142,8 @@ def test_folds_report_each_question_by_a_fit_without_it(predictions, tmp_path, u
 def test_the_other_methods_run_on_ragged_questions(method, predictions, tmp_path):
     done = CliRunner().invoke(app, ["calibrate", str(predictions), "--method", method, "-o", str(tmp_path / "o")])
     assert done.exit_code == 0, done.output
-    assert done.output.startswith(f"Method {method}, fitted on 200 questions; below, the other 200.")
+    assert done.output.startswith(f"Apply it: {method} lowers NLL by ")
+    assert f"Method {method}, fitted on 200 questions; below, the other 200." in done.output
     found = json.loads((tmp_path / "o" / "calibration.json").read_text())
     assert found["after"]["nll"] < found["before"]["nll"]
     assert found["before"]["choice_mass"] == pytest.approx(np.exp(-0.5))
@@ -157,7 +160,7 @@ def test_cloze_is_calibrated_by_the_sum_and_by_the_byte(tmp_path):
     page = (tmp_path / "o" / "report.html").read_text()
     assert "https://" not in page
     assert all(f">{label}<" in page for label in ("summed, before", "per byte, after"))
-    labels = [line.split("  ")[0] for line in done.output.splitlines()[2:6]]
+    labels = [line.split("  ")[0] for line in done.output.splitlines()[4:8]]
     assert labels == ["summed, before", "summed, after", "per byte, before", "per byte, after"]
     found = json.loads((tmp_path / "o" / "calibration.json").read_text())
     by_byte = tmp_path / "by_byte.jsonl"
@@ -194,7 +197,7 @@ def test_constant_predictions_end_bounded_and_say_why(tmp_path):
     file = write_predictions(tmp_path / "predictions.jsonl", rows)
     done = CliRunner().invoke(app, ["calibrate", str(file), "-o", str(tmp_path / "o")])
     assert done.exit_code == 0, done.output
-    assert "Temperature 1," in done.output
+    assert "Temperature 1 (95 % interval 0 to infinity)," in done.output
     assert "no temperature matters" in done.output
 
 
