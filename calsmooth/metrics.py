@@ -153,6 +153,19 @@ def auroc(confidence: ArrayLike, correct: ArrayLike) -> float | None:
     return float((rank[y == 1].sum() - right * (right + 1) / 2) / (right * wrong))
 
 
+def wilson_interval(rate: ArrayLike, count: ArrayLike) -> tuple[Array, Array]:
+    """(low, high), the 95 % score interval of a rate that was seen in `count` independent trials (Wilson 1927).
+
+    rate, count: of any one shape. Counts may be fractions (effective sample sizes); NaN where there are no trials.
+    """
+    p, n = np.asarray(rate, dtype=np.float64), np.asarray(count, dtype=np.float64)
+    z2 = 1.959963984540054**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        center = (p + z2 / (2 * n)) / (1 + z2 / n)
+        reach = np.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n**2))) / (1 + z2 / n)
+    return np.maximum(center - reach, 0.0), np.minimum(center + reach, 1.0)
+
+
 # --- all choices -----------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.hub import prepare_hub
 
@@ -41,8 +43,38 @@ def resolve_model(name: str) -> str:
 
 
 def model_label(name: str) -> str:
-    """A short name for tables and folders: the last part of a path or hub id."""
-    return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name.rsplit("/", 1)[-1]
+    """A short name for tables and folders: the last part of a path or hub id.
+
+    A folder that is just called `model`, as in the run folders of `calsmooth finetune`, goes by its run's name.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path.resolve()
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):  # a hub id
+        return path.name
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def model_description(name: str) -> str:
+    """Which model this is, in words: of one that `calsmooth finetune` made, from what, on which data and how.
+
+    That stands in the config.yaml beside the model's folder; without one, it is the name alone.
+    """
+    path = Path(name).expanduser()
+    settings = path.resolve().parent / "config.yaml"
+    if name == BUILT_IN:
+        return "the built-in model"
+    if not path.is_dir() or not settings.is_file():
+        return name
+    try:
+        made = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        base, data, beta = made["model"], made["dataset"], float(made["beta"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return name  # some other program's config.yaml
+    sources = list(data) if isinstance(data, list) else [data]
+    words = ", ".join("the built-in data" if source == BUILT_IN else str(source) for source in sources)
+    base = "the built-in model" if base == BUILT_IN else base
+    return f"{model_label(name)}: {base} fine-tuned on {words} with label smoothing beta = {beta:g}"
 
 
 def model_folder(name: str, revision: str | None = None) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from calsmooth.plots import figure_bytes
+from calsmooth.plots import Reliability, figure_bytes, plot_reliability_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,11 +26,11 @@ body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem; background:
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .7rem; padding-top: .9rem; border-top: 1px solid var(--line); }
 p { margin: .4rem 0; max-width: 48rem; }
-.soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
+.soft, figcaption { color: var(--soft); font-size: .9rem; }
+figcaption { max-width: 48rem; }
 ul { margin: .5rem 0; padding-left: 1.2rem; max-width: 56rem; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-caption { caption-side: bottom; text-align: left; padding-top: .5rem; }
 th, td { padding: .32rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); }
 .left { text-align: left; }
@@ -40,8 +40,20 @@ td b { font-weight: 700; }
 .group { text-align: center; border-bottom: 0; color: var(--ink); }
 figure { margin: 1rem 0; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+.pictures { display: flex; flex-wrap: wrap; align-items: flex-end; gap: .8rem 1.2rem; margin: 1rem 0; }
+.pictures figure { margin: 0; max-width: 100%; }
+.verdicts { list-style: none; padding: .8rem 1.1rem; margin: 1.2rem 0 0; max-width: none; background: var(--card);
+  border-left: 4px solid var(--soft); border-radius: 4px; }
+.verdicts li { margin: .3rem 0; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 40rem) {
+  body { padding: 1.2rem .9rem 3rem; }
+  .scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--back);
+    white-space: normal; min-width: 6rem; max-width: 9rem; }
+  .left ~ .left { min-width: 10rem; }
+  th, td { padding: .32rem .55rem; }
+}
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; overflow-x: auto;
   font-size: .85rem; line-height: 1.45; }
 """
@@ -105,8 +117,10 @@ def table(
     head = f"<tr>{above}</tr>\n" if above else ""
     if any(headings):
         head += "<tr>" + "".join(cell("th", c, escape(h)) for c, h in enumerate(headings)) + "</tr>"
-    below = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return f'<div class="scroll"><table>{below}\n<thead>{head}</thead>\n<tbody>\n{body}</tbody></table></div>'
+    # Not a <caption>, which is as wide as the table and would be scrolled out of sight with it.
+    below = f'\n<p class="soft">{escape(caption)}</p>' if caption else ""
+    scrolled = f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{scrolled}</div>{below}'
 
 
 def facts(values: Mapping[str, Any]) -> str:
@@ -119,6 +133,28 @@ def picture(figure: "Figure", words: str, caption: str = "") -> str:
     data = base64.b64encode(figure_bytes(figure, "svg")).decode("ascii")
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f'<figure><img alt="{escape(words)}" src="data:image/svg+xml;base64,{data}">{below}</figure>'
+
+
+def pictures(figures: Iterable[tuple["Figure", str]], caption: str = "") -> str:
+    """Figures with their words side by side, as many as the window is wide enough for; on a phone one below the other.
+
+    Each should be narrow enough (about 3.6 inches) to be shown there in its own size.
+    """
+    below = f'<p class="soft">{escape(caption)}</p>' if caption else ""
+    return '<div class="pictures">' + "".join(picture(figure, words) for figure, words in figures) + f"</div>{below}"
+
+
+def reliability(panels: Sequence[Reliability]) -> str:
+    """Reliability diagrams, one a panel, with equal axes."""
+    key, *diagrams = plot_reliability_apart(panels)
+    words = (f"reliability diagram of {panel.title}: accuracy against confidence" for panel in panels)
+    return pictures([(key, "what the marks of the diagrams mean")]) + pictures(zip(diagrams, words, strict=True))
+
+
+def verdicts(lines: Iterable[tuple[str, str]]) -> str:
+    """What a page comes to, to be read before anything else: (subject, what is to be said of it) a line."""
+    items = "".join(f"<li><b>{escape(subject)}</b>: {escape(words)}.</li>" for subject, words in lines)
+    return f'<ul class="verdicts">{items}</ul>'
 
 
 def folded(summary: str, *pieces: str) -> str:

@@ -47,6 +47,28 @@ def test_labels_are_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert models.model_label(str(tmp_path / "my-model")) == "my-model"
 
 
+def test_a_folder_called_model_goes_by_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "finetune-x-beta0.1" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "finetune-x-beta0.1")
+    for name in ("model", "./model", str(tmp_path / "finetune-x-beta0.1" / "model")):
+        assert models.model_label(name) == "finetune-x-beta0.1"
+    assert models.model_label("/gone/finetune-y/model") == "finetune-y"  # of a run on another machine
+    assert models.model_label("org/model") == "model"
+
+
+def test_a_fine_tuned_model_says_what_it_was_made_of(tmp_path: Path) -> None:
+    folder = tmp_path / "finetune-x" / "model"
+    folder.mkdir(parents=True)
+    assert models.model_description(str(folder)) == str(folder)
+    (folder.parent / "config.yaml").write_text("model: org/x\ndataset: [a.json, b.json=0.5]\nbeta: 0.1\n")
+    assert models.model_description(str(folder)) == (
+        "finetune-x: org/x fine-tuned on a.json, b.json=0.5 with label smoothing beta = 0.1"
+    )
+    (folder.parent / "config.yaml").write_text("[1, 2]")
+    assert models.model_description(str(folder)) == str(folder)
+    assert models.model_description("org/x") == "org/x"
+
+
 def test_devices_and_dtypes() -> None:
     import torch
 

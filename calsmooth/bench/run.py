@@ -108,7 +108,7 @@ def run(config: BenchConfig, show: Callable[[Case], None]) -> Report:
             show(cases[-1])
     write_text(folder / "bench.csv", csv_text(report.rows))
     write_text(folder / "bench.md", _markdown(report))
-    save_figure(plot_rows(report.rows), folder / "bench.png")
+    save_figure(plot_rows(report.rows), folder / "bench")
     if all(row.error for row in report.rows if row.method != ROOFLINE):
         first = next(row for row in report.rows if row.error)
         raise CalsmoothError(f"no method got through; {first.label}: {first.error} ({folder / 'bench.json'} has all)")

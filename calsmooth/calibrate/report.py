@@ -11,6 +11,7 @@ from calsmooth.calibrate.verdict import Difference, difference_text, interval_te
 from calsmooth.files import write_text
 from calsmooth.plots import Reliability, plot_reliability, save_figure
 from calsmooth.tables import METRICS, ON_TERMINAL, metric_text
+from calsmooth.verdict import judge
 
 TASKS_SHOWN = 10
 """More tasks than these are left to calibration.json and report.html."""
@@ -86,10 +87,10 @@ def _changes(results: Mapping[str, Any]) -> str:
 
 
 def write_report(folder: Path, results: Mapping[str, Any], panels: Sequence[Reliability]) -> None:
-    """reliability.png and .svg, and report.html. `panels`: before and after, for each kind of score."""
+    """The figure of the reliability diagrams and report.html. `panels`: before and after, for each kind of score."""
     figure = plot_reliability(panels, columns=2)
-    for suffix in ("png", "svg"):
-        save_figure(figure, folder / f"reliability.{suffix}")
+    figure.suptitle(f"{_name(results)}: recalibrated", fontsize=11)
+    save_figure(figure, folder / "reliability")
     everything = len(results.get("tasks", {}))
     shown = METRICS[:ON_TERMINAL]
     main = page.table(
@@ -106,8 +107,9 @@ def write_report(folder: Path, results: Mapping[str, Any], panels: Sequence[Reli
     )
     settings = yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True)
     html = page.page(
-        "Recalibration",
+        f"Recalibration of {_name(results)}",
         str(results["config"]["predictions"]),
+        page.verdicts((panel.title, judge(panel).words()) for panel in panels),
         page.section(
             "Before and after",
             *map(page.paragraph, verdicts(results)),
@@ -115,7 +117,7 @@ def write_report(folder: Path, results: Mapping[str, Any], panels: Sequence[Reli
             main,
             page.bullets(remarks(results, everything)),
         ),
-        page.section("Reliability", page.picture(figure, "reliability diagrams before and after")),
+        page.section("Reliability", page.reliability(panels)),
         page.section("All metrics", every),
         page.section(
             "How it was made",
@@ -124,3 +126,10 @@ def write_report(folder: Path, results: Mapping[str, Any], panels: Sequence[Reli
         ),
     )
     write_text(folder / "report.html", html)
+
+
+def _name(results: Mapping[str, Any]) -> str:
+    """The run whose predictions were recalibrated: the folder in which they lie."""
+    path = Path(str(results["config"]["predictions"])).resolve()
+    folder = path if path.is_dir() else path.parent
+    return folder.name.removeprefix("evaluate-")

@@ -43,7 +43,7 @@ SUM, PER_BYTE = "sum", "per_byte"
 
 @dataclass(frozen=True)
 class CalibrateResult:
-    """`results` is what calibration.json holds; `folder` has it, reliability.png, .svg and report.html."""
+    """`results` is what calibration.json holds; `folder` has it, the figure and report.html."""
 
     results: dict[str, Any]
     folder: Path

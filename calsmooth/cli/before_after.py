@@ -20,7 +20,6 @@ from calsmooth.models import BUILT_IN
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from calsmooth.plots import Reliability
     from calsmooth.processes import Processes
 
 PICTURE = "calibration.png"
@@ -82,7 +81,8 @@ def measure_after(measuring: EvaluateConfig, folder: Path, model: Path, processe
     """Evaluate the new model, once, also where a finished run is looked at again; draw both and complete the card."""
     from calsmooth.files import read_json
     from calsmooth.finetune.results import write_cards
-    from calsmooth.plots import plot_reliability, save_figure
+    from calsmooth.models import model_description
+    from calsmooth.plots import plot_reliability, save_figure, stored_reliability
 
     if not processes.by_first((folder / AFTER / RESULTS).exists):
         # What is there is of an evaluation that was interrupted.
@@ -91,11 +91,14 @@ def measure_after(measuring: EvaluateConfig, folder: Path, model: Path, processe
     found = {moment: read_json(folder / moment / RESULTS) for moment in (BEFORE, AFTER)}
     if processes.first and not (folder / PICTURE).exists():
         panels = [
-            _panel(results["tasks"][task], f"{WORDS.get(task, task)}, {moment}")
+            stored_reliability(results["tasks"][task], f"{WORDS.get(task, task)}, {moment}")
             for task in measuring.task
             for moment, results in found.items()
         ]
-        save_figure(plot_reliability(panels), folder / PICTURE)
+        # Before and after side by side, a task below the other: no wider than a page.
+        figure = plot_reliability(panels, columns=2)
+        figure.suptitle(model_description(str(model)), fontsize=10)
+        save_figure(figure, folder / Path(PICTURE).stem)
         write_cards(folder, {moment: results["tasks"] for moment, results in found.items()})
     return found
 
@@ -117,24 +120,3 @@ def _evaluate(config: EvaluateConfig, folder: Path, moment: str) -> Path:
 
     console.say(f"{moment}: measuring {', '.join(WORDS.get(task, task) for task in config.task)}.")
     return run(replace(config, output=folder)).folder
-
-
-def _panel(summary: Mapping[str, Any], title: str) -> "Reliability":
-    """The panel of a task's part of results.json."""
-    import numpy as np
-
-    from calsmooth.metrics import Bins
-    from calsmooth.plots import Reliability
-
-    bins = {name: np.array(values, dtype=float) for name, values in summary["reliability"].items()}
-    bins["count"] = bins["count"].astype(int)
-    interval = summary.get("ece_interval")
-    return Reliability(
-        title=title,
-        bins=Bins(**bins),
-        n=summary["n"],
-        accuracy=summary["accuracy"],
-        mean_confidence=summary["mean_confidence"],
-        ece=summary["ece"],
-        ece_interval=tuple(interval) if interval else None,
-    )

@@ -106,8 +106,8 @@ def compute_point(vocab: int, hidden: int, rho: float, betas: Iterable[float]) -
 def run(config: EntropyBoundConfig) -> tuple[list[Point], list[Path]]:
     """The points, and the files written to the output folder.
 
-    entropy_bound.json, .csv, .png and .svg: the theorem. smoothing_frontier.csv, .png and .svg: where smoothing meets
-    it, a line a head and beta.
+    entropy_bound.json, .csv and figure: the theorem. smoothing_frontier.csv and figure: where smoothing meets it, a
+    line a head and beta.
 
     Raises:
         UsageError: the output folder holds files already.
@@ -128,11 +128,9 @@ def run(config: EntropyBoundConfig) -> tuple[list[Point], list[Path]]:
     files = [
         write_json(folder / "entropy_bound.json", [asdict(point) for point in points]),
         write_text(folder / "entropy_bound.csv", _csv(plain)),
-        save_figure(bound, folder / "entropy_bound.png"),
-        save_figure(bound, folder / "entropy_bound.svg"),
+        *save_figure(bound, folder / "entropy_bound"),
         write_text(folder / "smoothing_frontier.csv", _csv(smoothed)),
-        save_figure(frontier, folder / "smoothing_frontier.png"),
-        save_figure(frontier, folder / "smoothing_frontier.svg"),
+        *save_figure(frontier, folder / "smoothing_frontier"),
     ]
     return points, files
 

@@ -48,7 +48,7 @@ class MeasuredModel:
 
 
 def run(config: EntropyBoundConfig) -> tuple[list[MeasuredModel], list[Path]]:
-    """Measure every --model, one after the other, and write heads.json, .csv, .png and .svg.
+    """Measure every --model, one after the other, and write heads.json, .csv and the figure.
 
     Raises:
         UsageError, CalsmoothError: a model, the text or the output folder can't be used.
@@ -85,8 +85,7 @@ def run(config: EntropyBoundConfig) -> tuple[list[MeasuredModel], list[Path]]:
     files = [
         write_json(folder / "heads.json", [one.report for one in measured]),
         write_text(folder / "heads.csv", _csv([one.report for one in measured])),
-        save_figure(figure, folder / "heads.png"),
-        save_figure(figure, folder / "heads.svg"),
+        *save_figure(figure, folder / "heads"),
     ]
     return measured, files
 

@@ -179,7 +179,7 @@ def _paired(arrays: metrics.Array, bins: int, seed: int) -> dict[str, list[float
 
 def _about(results: Mapping[str, Any]) -> dict[str, Any]:
     """What made a run."""
-    keys = ("model", "model_hash", "dtype", "device", "versions", "config")
+    keys = ("model", "model_description", "model_hash", "dtype", "device", "versions", "config")
     return {key: results[key] for key in keys if key in results}
 
 

@@ -12,14 +12,18 @@ import numpy as np
 
 from calsmooth import page
 from calsmooth.files import write_text
+from calsmooth.models import model_description
 from calsmooth.plots import (
     BarGroup,
+    Reliability,
     plot_bars,
     plot_reliability,
     plot_reliability_together,
+    prepare_frame,
     save_figure,
     stored_reliability,
 )
+from calsmooth.verdict import judge
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -182,7 +186,7 @@ def csv_text(runs: Sequence[str], tasks: Summaries) -> str:
 
 
 def prepare_bars(runs: Sequence[str], tasks: Summaries) -> list[BarGroup]:
-    """Each metric of `BARS` in percent; metrics that no run has are left out."""
+    """Each metric of `BARS`, as in the tables; metrics that no run has are left out."""
     groups = []
     for key, words in BARS.items():
 
@@ -191,24 +195,31 @@ def prepare_bars(runs: Sequence[str], tasks: Summaries) -> list[BarGroup]:
 
         def value(summary: Mapping[str, Any], key: str = key) -> float:
             found = summary.get(key)
-            return float("nan") if found is None else 100 * found
+            return float("nan") if found is None else found
 
         def end(which: int, key: str = key) -> Any:
-            return lambda summary: 100 * (summary.get(f"{key}_interval") or (float("nan"),) * 2)[which]
+            return lambda summary: (summary.get(f"{key}_interval") or (float("nan"),) * 2)[which]
 
         values = grid(value)
         if np.isfinite(values).any():
-            groups.append(BarGroup(words, values, grid(end(0)), grid(end(1))))
+            # Of all errors the same axis: theirs are different ways to measure one thing.
+            axis = key if key == "accuracy" else "error"
+            groups.append(BarGroup(words, values, grid(end(0)), grid(end(1)), axis))
     return groups
 
 
-def figures(runs: Sequence[str], tasks: Summaries) -> "dict[str, Figure]":
-    """The pictures by their file's name."""
+def reliability_panels(runs: Sequence[str], tasks: Summaries) -> dict[str, dict[str, Reliability]]:
+    """Task -> run's label -> its panel, titled with the label; tasks and runs without one are left out."""
     panels = {
         task: {run: stored_reliability(by_run[run], run) for run in runs if "reliability" in by_run.get(run, {})}
         for task, by_run in tasks.items()
     }
-    panels = {task: by_run for task, by_run in panels.items() if by_run}
+    return {task: by_run for task, by_run in panels.items() if by_run}
+
+
+def figures(runs: Sequence[str], tasks: Summaries) -> "dict[str, Figure]":
+    """The figures by their file's name."""
+    panels = reliability_panels(runs, tasks)
     grid = [
         None if run not in by_run else replace(by_run[run], title=f"{task}: {run}")
         for task, by_run in panels.items()
@@ -230,11 +241,9 @@ def write_files(folder: Path, results: Mapping[str, Any], tasks: Summaries) -> N
     write_text(folder / "table.md", markdown(runs, tasks))
     write_text(folder / "table.csv", csv_text(runs, tasks))
     write_text(folder / "table.tex", latex(runs, tasks))
-    drawn = figures(runs, tasks)
-    for name, figure in drawn.items():
-        for suffix in ("png", "svg"):
-            save_figure(figure, folder / f"{name}.{suffix}")
-    write_text(folder / "report.html", _page(results, tasks, drawn))
+    for name, figure in figures(runs, tasks).items():
+        save_figure(figure, folder / name)
+    write_text(folder / "report.html", _page(results, tasks))
 
 
 def difference_lines(results: Mapping[str, Any]) -> list[str]:
@@ -251,7 +260,7 @@ def difference_lines(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _page(results: Mapping[str, Any], tasks: Summaries, drawn: "Mapping[str, Figure]") -> str:
+def _page(results: Mapping[str, Any], tasks: Summaries) -> str:
     runs = [run["label"] for run in results["runs"]]
     rows = prepare_cells(runs, tasks)
     bold = [(r, c + 1) for r, row in enumerate(rows) for c, cell in enumerate(row) if cell.best]
@@ -263,20 +272,58 @@ def _page(results: Mapping[str, Any], tasks: Summaries, drawn: "Mapping[str, Fig
         caption=LEGEND,
     )
     changes = difference_lines(results)
-    pieces = [page.section("Results", main, page.bullets(results["notes"]))]
+    panels = reliability_panels(runs, tasks)
+    flat = [replace(panel, title=f"{task}: {run}") for task, by_run in panels.items() for run, panel in by_run.items()]
+    meant = [
+        (run["label"], run.get("model_description") or model_description(run.get("model", "-")))
+        for run in results["runs"]
+    ]
+    pieces = [
+        page.facts(dict(meant)),
+        page.verdicts(
+            (task, "; ".join(f"{run} {_is(judge(panel).short())}" for run, panel in by_run.items()))
+            for task, by_run in panels.items()
+        ),
+        page.paragraph("Points are hundredths: mean confidence minus accuracy, in parentheses its 95 % interval."),
+    ]
+    pieces += [page.section("Results", main, page.bullets(results["notes"]))]
     if changes:
         told = "Differences to the first run on the same questions, with 95 % intervals of a paired bootstrap."
         pieces.append(page.section("Differences", page.paragraph(told), page.bullets(changes)))
     pieces += [
-        page.section("Metrics", page.picture(drawn["comparison"], "bars: metrics by task and run")),
+        page.section("Metrics", page.pictures(_bars(runs, tasks))),
         page.section(
             "Reliability",
-            page.picture(drawn["reliability-together"], "accuracy against confidence, all runs of a task together"),
-            page.picture(drawn["reliability"], "reliability diagrams, one for each task and run"),
+            page.pictures(_together(panels)),
+            page.folded("A diagram for each task and run", page.reliability(flat)),
         ),
         page.section("Runs", page.table(["run", *ABOUT.values()], _about(results["runs"]), left=1 + len(ABOUT))),
     ]
     return page.page("Calibration compared", ", ".join(runs), *pieces)
+
+
+def _is(words: str) -> str:
+    return words if words.startswith("can't") else f"is {words}"
+
+
+def _bars(runs: Sequence[str], tasks: Summaries) -> "list[tuple[Figure, str]]":
+    """A figure a metric, narrow enough for a phone, with the axes that they have in the figure of all."""
+    groups = prepare_bars(runs, tasks)
+    return [
+        (plot_bars([group], runs, list(tasks), limits_of=groups), f"bars: {group.metric} by task and run")
+        for group in groups
+    ]
+
+
+def _together(panels: Mapping[str, Mapping[str, Reliability]]) -> "list[tuple[Figure, str]]":
+    frame = prepare_frame(panel for by_run in panels.values() for panel in by_run.values())
+    return [
+        (
+            plot_reliability_together({task: list(by_run.values())}, frame=frame),
+            f"reliability diagram of {task}: accuracy against confidence, all runs together",
+        )
+        for task, by_run in panels.items()
+    ]
 
 
 def _about(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -8,17 +8,21 @@ import yaml
 
 from calsmooth import page
 from calsmooth.files import write_text
-from calsmooth.models import model_label
-from calsmooth.plots import Reliability, plot_reliability, save_figure, stored_reliability
+from calsmooth.models import model_description, model_label
+from calsmooth.plots import (
+    Reliability,
+    plot_reliability,
+    save_figure,
+    stored_reliability,
+)
 from calsmooth.tables import METRICS, ON_TERMINAL, Metric, metric_text, metrics_table
+from calsmooth.verdict import judge
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SUBJECTS_SHOWN = 10
 """A task with more subjects than these shows its total only, unless asked."""
-IN_A_ROW = 3
-"""Reliability diagrams side by side."""
 
 
 def results_table(results: Mapping[str, Any], by_subject: bool = False) -> "Table":
@@ -69,15 +73,20 @@ def panels(results: Mapping[str, Any]) -> list[Reliability]:
 
 
 def write_report(folder: Path, results: Mapping[str, Any]) -> None:
-    """reliability.png and .svg, and report.html, all from what results.json holds."""
-    figure = plot_reliability(panels(results), columns=IN_A_ROW)
-    for suffix in ("png", "svg"):
-        save_figure(figure, folder / f"reliability.{suffix}")
-    picture = page.picture(figure, "reliability diagrams: accuracy against confidence, one for each task")
-    write_text(folder / "report.html", _page(results, picture))
+    """The figure of the reliability diagrams and report.html, all from what results.json holds."""
+    drawn = panels(results)
+    figure = plot_reliability(drawn, columns=in_a_row(len(drawn)))
+    figure.suptitle(model_label(results["model"]), fontsize=11)
+    save_figure(figure, folder / "reliability")
+    write_text(folder / "report.html", _page(results, drawn))
 
 
-def _page(results: Mapping[str, Any], reliability: str) -> str:
+def in_a_row(number: int) -> int:
+    """How many reliability diagrams stand side by side, so that the last row has few gaps."""
+    return number if number < 4 else 2 if number == 4 else 3
+
+
+def _page(results: Mapping[str, Any], drawn: Sequence[Reliability]) -> str:
     tasks, shown = results["tasks"], METRICS[:ON_TERMINAL]
     every = []
     for name, task in tasks.items():
@@ -102,9 +111,10 @@ def _page(results: Mapping[str, Any], reliability: str) -> str:
     settings = yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True)
     return page.page(
         f"Calibration of {model_label(results['model'])}",
-        f"{', '.join(tasks)}; calsmooth {results['versions']['calsmooth']}",
+        f"{model_description(results['model'])}; {', '.join(tasks)}; calsmooth {results['versions']['calsmooth']}",
+        page.verdicts((panel.title, judge(panel).words()) for panel in drawn),
         page.section("Results", _metrics(every, "task", shown), page.bullets(remarks(results, by_subject=True))),
-        page.section("Reliability", reliability),
+        page.section("Reliability", page.reliability(drawn)),
         page.section("All metrics", _transposed(every), *subjects),
         page.section(
             "How it was made",

@@ -24,7 +24,14 @@ from calsmooth.evaluate.tasks import RESPONSES, choice_tasks
 from calsmooth.evaluate.tasks.responses import ResponseRows, load_responses
 from calsmooth.evaluate.units import perform
 from calsmooth.files import write_json
-from calsmooth.models import load_model, load_tokenizer, model_fingerprint, model_label, pick_dtype
+from calsmooth.models import (
+    load_model,
+    load_tokenizer,
+    model_description,
+    model_fingerprint,
+    model_label,
+    pick_dtype,
+)
 from calsmooth.plots import Reliability
 from calsmooth.processes import Processes, joined
 from calsmooth.records import Prediction, write_predictions
@@ -37,7 +44,7 @@ DEFAULT_RESPONSE_LENGTH = 1024
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """`results` is what results.json holds; `folder` has it, predictions.jsonl, reliability.png, .svg and report.html.
+    """`results` is what results.json holds; `folder` has it, predictions.jsonl, the figure and report.html.
 
     panels: each task's part of the picture, for drawing it beside another run's.
     """
@@ -107,6 +114,7 @@ def _run(config: ChoicesConfig, processes: Processes) -> EvaluateResult:
         predictions = [p for task in found.values() for p in task.predictions]
         results = {
             "model": config.model,
+            "model_description": model_description(config.model),
             "tasks": {name: task.summary for name, task in found.items()},
             "notes": list(dict.fromkeys(note for task in found.values() for note in task.notes)),
             "config": config.to_dict(),

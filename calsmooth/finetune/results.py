@@ -46,7 +46,7 @@ def write_results(
     card = model_card(config.to_dict(), summary, versions())
     metrics = [values for _, values in read_jsonl(folder / METRICS)]
     title = f"{model_label(config.model)} on {config.dataset_label()}, beta = {config.beta:g}"
-    save_figure(plot_loss_curve(prepare_loss_curve(metrics), title), folder / "loss.png")
+    save_figure(plot_loss_curve(prepare_loss_curve(metrics), title), folder / "loss")
     write_text(folder / "README.md", card)
     write_json(folder / "summary.json", summary)
     try:

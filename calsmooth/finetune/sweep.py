@@ -158,7 +158,7 @@ def _write(folder: Path, rows: list[Row]) -> None:
     write_text(folder / "sweep.csv", _csv(rows))
     plot = prepare_sweep(rows)
     if plot is not None:
-        save_figure(plot_sweep(plot), folder / "sweep.png")
+        save_figure(plot_sweep(plot), folder / "sweep")
     write_text(folder / COMPLETED, "")
 
 

@@ -20,7 +20,7 @@ from calsmooth.cli.app import app
 from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.records import Prediction, read_predictions, write_predictions
 
-FILES = ("calibration.json", "reliability.png", "reliability.svg", "report.html")
+FILES = ("calibration.json", "reliability.pdf", "reliability.png", "reliability.svg", "report.html")
 
 
 def make_predictions(n=400, temperature=2.5, task="quiz", subjects=("a", "b", "c"), seed=0):

@@ -48,7 +48,9 @@ def test_json_is_alone_on_standard_output_and_in_the_file(two_models, tokenizer)
 def test_tables_pictures_and_lines_are_written(two_models):
     folder, _ = two_models
     out = folder / "out"
-    assert sorted(p.name for p in out.iterdir()) == ["heads.csv", "heads.json", "heads.png", "heads.svg"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        f"heads.{suffix}" for suffix in ("csv", "json", "pdf", "png", "svg")
+    ]
     rows = list(csv.DictReader((out / "heads.csv").open()))
     models = json.loads((out / "heads.json").read_text())
     assert [float(r["diversity.effective_rank"]) for r in rows] == [m["diversity"]["effective_rank"] for m in models]

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.container import BarContainer
 from typer.testing import CliRunner
 
 from calsmooth import metrics
@@ -15,7 +16,7 @@ from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.evaluate.comparison import compare, read_runs
 from calsmooth.evaluate.comparison_report import latex, markdown, prepare_bars, prepare_cells
 from calsmooth.evaluate.report import write_report
-from calsmooth.plots import plot_bars, prepare_reliability
+from calsmooth.plots import FORMATS, plot_bars, prepare_reliability
 from calsmooth.records import Prediction, write_predictions
 
 
@@ -80,7 +81,7 @@ def test_the_command_writes_its_files_without_torch(runs, tmp_path):
     assert lines[3].startswith("sure ")
     assert "mmlu: sure against base = 1: ECE +" in done.stdout
     names = {p.name for p in (tmp_path / "o").iterdir()}
-    pictures = {f"{n}.{s}" for n in ("comparison", "reliability", "reliability-together") for s in ("png", "svg")}
+    pictures = {f"{n}.{s}" for n in ("comparison", "reliability", "reliability-together") for s in FORMATS}
     assert names == pictures | {"comparison.json", "report.html", "table.md", "table.csv", "table.tex"}
 
 
@@ -136,26 +137,29 @@ def test_names_are_escaped():
     assert r"\multicolumn{4}{c}{t\_1}" in latex(["a|b_50%"], tasks)
 
 
-def test_bars_are_percent_with_gaps_for_what_is_missing():
+def test_bars_are_shares_with_gaps_for_what_is_missing():
     tasks = {
         "one": {"a": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.7], "ece": 0.1, "sce": None}},
         "two": {"a": {"accuracy": 0.25, "ece": 0.2}, "b": {"ece": 0.3}},
     }
     groups = {g.metric: g for g in prepare_bars(["a", "b"], tasks)}
     assert set(groups) == {"Accuracy", "ECE"}  # no run has the others
-    assert groups["Accuracy"].values[0].tolist() == [50.0, 25.0]
+    assert groups["Accuracy"].values[0].tolist() == [0.5, 0.25]
     assert np.isnan(groups["Accuracy"].values[1]).all()
-    assert (groups["Accuracy"].low[0, 0], groups["Accuracy"].high[0, 0]) == (40.0, 70.0)
+    assert (groups["Accuracy"].low[0, 0], groups["Accuracy"].high[0, 0]) == (0.4, 0.7)
     figure = plot_bars(list(groups.values()), ["a", "b"], list(tasks))
-    heights = [bar.get_height() for container in figure.axes[1].containers[:2] for bar in container]
-    assert np.array(heights) == pytest.approx(np.array([10.0, 20.0, np.nan, 30.0]), nan_ok=True)
+    bars = [c for c in figure.axes[1].containers if isinstance(c, BarContainer)]
+    lengths = [bar.get_width() for container in bars for bar in container]
+    assert np.array(lengths) == pytest.approx(np.array([0.1, 0.2, np.nan, 0.3]), nan_ok=True)
 
 
 def test_the_page_is_self_contained_and_has_every_run(compared):
     html = (compared.folder / "report.html").read_text()
     assert "http://" not in html
     assert "https://" not in html
-    assert html.count("data:image/svg+xml;base64,") == html.count("<img") == 3
+    metrics_tasks_key_and_panels = 6 + 2 + 1 + 5
+    assert html.count("data:image/svg+xml;base64,") == html.count("<img") == metrics_tasks_key_and_panels
+    assert "sure is over-confident by " in html
     for words in ("honest", "sure", "only_mmlu", "sha256 0", "models/evaluate-sure"):
         assert words in html
 

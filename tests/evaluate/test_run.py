@@ -75,7 +75,8 @@ def test_the_command_writes_its_files(model_folder, data, tmp_path):
         ["arc_easy", "12"],
     ]
     folder = tmp_path / "here"
-    names = ["predictions.jsonl", "reliability.png", "reliability.svg", "report.html", "results.json"]
+    names = ["predictions.jsonl", "reliability.pdf", "reliability.png", "reliability.svg"]
+    names += ["report.html", "results.json"]
     assert sorted(p.name for p in folder.iterdir()) == names
     assert (folder / "reliability.png").read_bytes().startswith(b"\x89PNG")
 

@@ -49,7 +49,7 @@ def test_a_run_leaves_all_its_files(model_folder: Path, dataset: Path, tmp_path:
     names = {p.name for p in result.folder.iterdir()}
     assert names == {
         "COMPLETED", "README.md", "checkpoints", "config.yaml", "data.json", "environment.json", "loss.png",
-        "metrics.jsonl", "model", "summary.json",
+        "loss.svg", "loss.pdf", "metrics.jsonl", "model", "summary.json",
     }  # fmt: skip
     lines = metrics(result.folder)
     assert [line["step"] for line in lines] == list(range(1, 11))  # 40 rows, 8 a step, 2 epochs

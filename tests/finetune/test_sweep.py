@@ -49,6 +49,8 @@ def test_the_comparison_holds_every_run(tmp_path: Path) -> None:
         "sweep.json",
         "sweep.csv",
         "sweep.png",
+        "sweep.svg",
+        "sweep.pdf",
         "COMPLETED",
     }
     rows = list(csv.DictReader((result.folder / "sweep.csv").open()))
