@@ -108,8 +108,7 @@ def figure_bytes(figure: "Figure", format: str, dpi: int = 200) -> bytes:
     buffer = io.BytesIO()
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(format)
     # Type 42 (TrueType) fonts: publishers refuse the default, Type 3.
-    settings = {"svg.hashsalt": "calsmooth", "pdf.fonttype": 42, "hatch.linewidth": 0.7}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context({"svg.hashsalt": "calsmooth", "pdf.fonttype": 42, "hatch.linewidth": 0.7}):
         figure.savefig(buffer, format=format, dpi=dpi, metadata=undated)
     return buffer.getvalue()
 
