@@ -33,4 +33,5 @@ def bench(config: BenchConfig, output: Output) -> None:
                 console.say(Text(f"{row.label}: {row.note}"))
 
     report = run(config, show)
-    output.show(f"Wrote bench.json, bench.csv, bench.md and bench.png, .svg and .pdf to {report.folder}", result=report.to_dict())
+    written = f"Wrote bench.json, bench.csv, bench.md and the figure bench.png (.svg, .pdf) to {report.folder}"
+    output.show(written, result=report.to_dict())
