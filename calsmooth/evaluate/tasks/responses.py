@@ -61,24 +61,17 @@ def load_responses(
     if dataset is None and model != BUILT_IN:
         raise UsageError("--task responses: needs --dataset, a file or hub id of held-out instruction data")
     source = dataset if dataset is not None else str(HELDOUT_FILE)
-    trained = _trained_with(model) if template is None else None
-    asked = template or (trained and trained[0]) or "auto"
+    run, trained_with = _training(model) if template is None else (None, None)
     rows = load_example_set(
-        source, tokenizer, template=asked, split=split, max_length=max_length, limit=limit, seed=seed
+        source,
+        tokenizer,
+        template=template or trained_with or "auto",
+        split=split,
+        max_length=max_length,
+        limit=limit,
+        seed=seed,
     )
-    if rows.template == "none":
-        choice = f"{NAME}: the rows are text already, no template is used"
-    elif trained is not None:
-        choice = f"{NAME}: asked with the template {rows.template}, which {trained[1]} was trained with"
-    elif template not in (None, "auto"):
-        choice = f"{NAME}: asked with the template {rows.template}, as --template says"
-    elif rows.template == "chat":
-        choice = f"{NAME}: asked with the model's own chat template"
-    elif getattr(tokenizer, "chat_template", None):
-        choice = f"{NAME}: asked with the template {rows.template}, which the model carries"
-    else:
-        choice = f"{NAME}: asked with the template {rows.template}, for the model has no chat template"
-    notes = [choice]
+    notes = [f"{NAME}: {_about_template(rows.template, template, run, tokenizer)}"]
     of = f"of {rows.rows:,} rows"
     if rows.dropped:
         notes.append(f"{NAME}: {rows.dropped:,} {of} were left out, whose response lies past {max_length:,} tokens")
@@ -87,17 +80,31 @@ def load_responses(
     return ResponseRows(rows.examples, source if dataset is not None else "built in", rows.template, notes)
 
 
-def _trained_with(model: str) -> tuple[str, str] | None:
-    """(template, run folder) of the finetune run in whose folder the model lies; None where it lies in none."""
+def _training(model: str) -> tuple[Path | None, str | None]:
+    """The finetune run in whose folder a model lies, and the template that it trained with; or None twice."""
     folder = Path(model).expanduser()
     run = folder.resolve().parent
     if (
         model == BUILT_IN
         or not folder.is_dir()
-        or not (run / "config.yaml").is_file()
-        or not (run / "summary.json").is_file()
+        or not all((run / f).is_file() for f in ("config.yaml", "summary.json"))
     ):
-        return None
+        return None, None
     summary = read_json(run / "summary.json")
     template = summary.get("template") if isinstance(summary, dict) else None
-    return (template, str(folder.parent)) if template in ("chat", "alpaca", "tulu") else None
+    return (folder.parent, template) if template in ("chat", "alpaca", "tulu") else (None, None)
+
+
+def _about_template(used: str, given: str | None, run: Path | None, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Which template made text of the rows, and why that one. given: by --template. run: that says it otherwise."""
+    if used == "none":
+        return "the rows are text already, no template is used"
+    if run is not None:
+        return f"asked with the template {used}, which {run} was trained with"
+    if given not in (None, "auto"):
+        return f"asked with the template {used}, as --template says"
+    if used == "chat":
+        return "asked with the model's own chat template"
+    if getattr(tokenizer, "chat_template", None):
+        return f"asked with the template {used}, which the model carries"
+    return f"asked with the template {used}, for the model has no chat template"
