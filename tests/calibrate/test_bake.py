@@ -191,6 +191,22 @@ def test_a_temperature_that_is_not_worth_it_is_baked_by_force_only(evaluation, t
     assert json.loads((tmp_path / "baked" / "temperature.json").read_text())["temperature"] == temperature
 
 
+def test_an_evaluation_stays_where_its_temperature_is_not_baked(evaluation, tmp_path, monkeypatch):
+    import calsmooth.evaluate.run as evaluate_room
+
+    def evaluate(config):
+        rows = [Prediction("t", "s", str(i), (-0.4, -1.1), i % 2) for i in range(300)]  # chance
+        write_predictions(config.output / "predictions.jsonl", rows)
+
+    monkeypatch.setattr(evaluate_room, "run", evaluate)
+    asked = ["-m", tmp_path / "model", "--format", "letter", "--bake", tmp_path / "baked", "-o", tmp_path / "o"]
+    done = calibrate(*asked)
+    assert "--bake: nothing was baked" in str(done.exception)
+    assert len(read_predictions(tmp_path / "o" / "evaluation" / "predictions.jsonl")) == 300
+    assert (tmp_path / "o" / "calibration.json").is_file()
+    assert not (tmp_path / "baked").exists()
+
+
 def test_the_command_refuses_before_any_work(evaluation, tmp_path):
     (evaluation.parent / "results.json").unlink()
     done = calibrate(evaluation, "--bake", tmp_path / "baked")
