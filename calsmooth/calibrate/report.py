@@ -17,12 +17,12 @@ TASKS_SHOWN = 10
 """More tasks than these are left to calibration.json and report.html."""
 
 
-def verdicts(results: Mapping[str, Any]) -> list[str]:
-    """Whether to apply the fit, in one sentence; in two where cloze scores are summed and per byte."""
-    if "per_byte" not in results:
-        return [results["verdict"]["sentence"]]
-    scores = {"Summed": results, "Per byte": results["per_byte"]}
-    return [f"{words}: {of_scores['verdict']['sentence']}" for words, of_scores in scores.items()]
+def verdicts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(scores, sentence): whether to apply the fit; one for summed and one for per-byte scores of cloze questions."""
+    scores = {"Verdict": results}
+    if "per_byte" in results:
+        scores = {"Summed": results, "Per byte": results["per_byte"]}
+    return [(words, of_scores["verdict"]["sentence"]) for words, of_scores in scores.items()]
 
 
 def what_was_fitted(results: Mapping[str, Any]) -> str:
@@ -106,13 +106,13 @@ def write_report(folder: Path, results: Mapping[str, Any], panels: Sequence[Reli
         [[m.words, *(metric_text(summary, m, interval=True) for _, summary in moments)] for m in METRICS],
     )
     settings = yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True)
+    levels = [(panel.title, judge(panel).words()) for panel in panels]
     html = page.page(
         f"Recalibration of {_name(results)}",
         str(results["config"]["predictions"]),
-        page.verdicts((panel.title, judge(panel).words()) for panel in panels),
+        page.verdicts([(words, sentence.removesuffix(".")) for words, sentence in verdicts(results)] + levels),
         page.section(
             "Before and after",
-            *map(page.paragraph, verdicts(results)),
             page.paragraph(what_was_fitted(results)),
             main,
             page.bullets(remarks(results, everything)),

@@ -63,8 +63,8 @@ def calibrate(config: CalibrateCommand, output: Output) -> None:
 
     result = run(calibrate_config, folder)
     found = result.results
-    for verdict in verdicts(found):
-        console.say(Text(verdict, style="bold"))
+    for words, sentence in verdicts(found):
+        console.say(Text(f"{words}: {sentence}", style="bold"))
     console.say(Text(what_was_fitted(found)))
     output.show(metrics_table(rows(found)), result=found)
     for note in remarks(found):

@@ -57,7 +57,7 @@ def test_the_command_writes_its_files(predictions, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("Apply it: T = 2.")
+    assert lines[0].startswith("Verdict: Apply it: T = 2.")
     assert lines[0].endswith("on 200 held-out questions.")
     assert lines[1].startswith("Temperature 2.")
     assert "fitted on 200 questions; below, the other 200" in lines[1]
@@ -142,7 +142,7 @@ def test_folds_report_each_question_by_a_fit_without_it(predictions, tmp_path, u
 def test_the_other_methods_run_on_ragged_questions(method, predictions, tmp_path):
     done = CliRunner().invoke(app, ["calibrate", str(predictions), "--method", method, "-o", str(tmp_path / "o")])
     assert done.exit_code == 0, done.output
-    assert done.output.startswith(f"Apply it: {method} lowers NLL by ")
+    assert done.output.startswith(f"Verdict: Apply it: {method} lowers NLL by ")
     assert f"Method {method}, fitted on 200 questions; below, the other 200." in done.output
     found = json.loads((tmp_path / "o" / "calibration.json").read_text())
     assert found["after"]["nll"] < found["before"]["nll"]

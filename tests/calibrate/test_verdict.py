@@ -207,8 +207,8 @@ def test_the_verdict_is_on_top_in_the_file_and_on_the_page(tmp_path):
     file = write_predictions(tmp_path / "p.jsonl", make_predictions(200))
     done = calibrate(file, "-o", tmp_path / "o")
     sentence = json.loads((tmp_path / "o" / "calibration.json").read_text())["verdict"]["sentence"]
-    assert done.output.splitlines()[0] == sentence
-    assert f"<p>{sentence}</p>" in (tmp_path / "o" / "report.html").read_text()
+    assert done.output.splitlines()[0] == f"Verdict: {sentence}"
+    assert f"<li><b>Verdict</b>: {sentence}</li>" in (tmp_path / "o" / "report.html").read_text()
 
 
 def test_force_needs_bake():
