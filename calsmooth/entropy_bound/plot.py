@@ -6,6 +6,7 @@ beside it the same quantity over vocabulary and hidden size together, with publi
 The frontier: the floor beside what label smoothing asks for, and the least beta that the head can follow.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,10 @@ from calsmooth.plots import new_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+LOWERED = {("Gemma 2", "2B"): 6, ("Qwen2.5", "7B"): 4, ("Gemma 2", "9B"): 5, ("Gemma 3", "12B"): 2}
+"""Points by which a name on the map stands lower than its dot, where others are near; 3 elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +79,10 @@ def _plot_curves(ax: "Axes", curves: GapCurves) -> None:
     for hidden, gaps, marks, color in zip(curves.hidden, curves.gaps, curves.marks, colors, strict=True):
         ax.plot(curves.grid, gaps, color=color, label=f"D = {hidden}")
         ax.plot(curves.vocab, marks, "o", color=color, markersize=4)
-    for vocab in curves.vocab:
-        ax.axvline(vocab, color="0.6", linestyle=":", linewidth=0.9)
-        name = family_of(vocab)
-        ax.annotate(
-            f"{name} {vocab:,}".strip(),
-            (vocab, 1.02),
-            xycoords=("data", "axes fraction"),
-            rotation=35,
-            fontsize=8,
-            color="0.35",
-        )
     ax.set_xscale("log")
+    ax.set_xlim(curves.grid[0], curves.grid[-1])
     ax.set_ylim(-0.02, 1.02)
+    _name_vocabularies(ax, curves.vocab)
     ax.set_xlabel("vocabulary size |V|")
     ax.set_ylabel(r"normalised entropy gap, $(\log |V| - \mathrm{bound})\;/\;\log |V|$")
     # Below the axes: wherever it stood inside, some choice of sizes would draw a curve under it.
@@ -99,6 +95,26 @@ def _plot_curves(ax: "Axes", curves: GapCurves) -> None:
         handlelength=1.2,
         columnspacing=1.2,
     )
+
+
+def _name_vocabularies(ax: "Axes", vocab: Sequence[int]) -> None:
+    """A line at each size, and above the axes its name, in as many rows as it takes for no two names to meet."""
+    low, high = np.log(ax.get_xlim())
+    character = 0.0135  # of the axes' width, at this size of letters
+    rows: list[float] = []  # how far each row is taken, as a share of the axes' width
+    for size in sorted(set(vocab)):
+        ax.axvline(size, color="0.6", linestyle=":", linewidth=0.9)
+        words = f"{family_of(size)} {size:,}".strip()
+        wide = character * len(words)
+        place = float((np.log(size) - low) / (high - low))
+        # Centered on its line, but for what would stand out on either side.
+        left = min(max(place - wide / 2, 0.0), max(1.0 - wide, 0.0))
+        row = next((i for i, taken in enumerate(rows) if left > taken + character), len(rows))
+        rows[row:] = [left + wide, *rows[row + 1 :]]
+        ax.annotate(
+            words, (left, 1.0), xycoords="axes fraction", xytext=(0, 4 + 11 * row), textcoords="offset points",
+            fontsize=8, color="0.35",
+        )  # fmt: skip
 
 
 def _plot_map(ax: "Axes", curves: GapCurves) -> None:
@@ -124,18 +140,21 @@ def _plot_map(ax: "Axes", curves: GapCurves) -> None:
             )
     for family in FAMILIES:
         for size, hidden in family.members:
-            ax.plot(family.vocab, hidden, "o", color="white", markeredgecolor="black", markersize=5)
+            ax.plot(
+                family.vocab, hidden, "o", color="white", markeredgecolor="black", markersize=4, markeredgewidth=0.7
+            )
             # So that no two labels meet.
             to_left = family.name in ("SmolLM2", "Llama 3", "Gemma 2") or size in ("7B", "14B, 32B")
+            lower = LOWERED.get((family.name, size), 3)
             ax.annotate(
                 f"{family.name} {size}",
                 (family.vocab, hidden),
-                xytext=(-6 if to_left else 6, -3),
+                xytext=(-6 if to_left else 6, -lower),
                 textcoords="offset points",
                 ha="right" if to_left else "left",
                 fontsize=7.5,
                 color="black",
-                bbox={"facecolor": "white", "alpha": 0.65, "edgecolor": "none", "pad": 0.8},
+                bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 0.6},
             )
     ax.set_xscale("log")
     ax.set_yscale("log")
@@ -220,12 +239,15 @@ def plot_frontier(curves: FrontierCurves) -> "Figure":
             color="0.4",
         )
     left.set(xscale="log", xlabel="hidden size D", ylabel="entropy, nats", ylim=(0, None))
-    left.set_title("right of a dot smoothing has over-confidence to restrain; left of it it acts as none", fontsize=10)
+    left.set_title("Smoothing changes the optimum only to the right of a dot, where floor < $H^*$", fontsize=10)
     least = min(curves.beta)
     right.set(
         xscale="log", yscale="log", xlabel="hidden size D", ylabel=r"least $\beta$ that acts", ylim=(least / 1000, 1.5)
     )
-    right.set_title(r"the frontier $\beta(D, V) = V\,/\,(V - 1 + e^{x})$; a smaller $\beta$ acts as none", fontsize=10)
+    right.set_title(
+        r"The frontier $\beta(D, V) = V\,/\,(V - 1 + e^{x})$: below it $\beta$ has the optimum of $\beta = 0$",
+        fontsize=10,
+    )
     for ax in (left, right):
         ax.set_xlim(curves.grid[0], curves.grid[-1])
         ticks = [size for size in 2.0 ** np.arange(0, 31) if curves.grid[0] <= size <= curves.grid[-1]]

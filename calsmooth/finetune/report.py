@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from calsmooth.plots import new_figure
+from calsmooth.plots import BLUE, GREEN, ORANGE, PURPLE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +17,8 @@ SMOOTHING_WINDOW = 0.05
 class LossCurve:
     steps: list[int]
     loss: list[float]
-    smooth: list[float]  # running mean of `loss`
+    smooth: list[float]  # mean of `loss` over `window` logged steps around each
+    window: int
     lr: list[float]
     held_out: dict[str, list[float]]  # step, eval_nll, eval_ece; empty lists where nothing was measured on the way
 
@@ -28,46 +29,63 @@ def prepare_loss_curve(metrics: list[dict[str, Any]]) -> LossCurve:
     held_out = {key: [m[key] for m in measured] for key in ("step", "eval_nll", "eval_ece")}
     metrics = [m for m in metrics if "loss" in m]
     loss = [m["loss"] for m in metrics]
-    window = max(1, round(len(loss) * SMOOTHING_WINDOW))
-    smooth = [sum(loss[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(loss))]
-    return LossCurve([m["step"] for m in metrics], loss, smooth, [m["lr"] for m in metrics], held_out)
+    half = round(len(loss) * SMOOTHING_WINDOW / 2)
+    smooth = [_centered_mean(loss, i, half) for i in range(len(loss))]
+    return LossCurve([m["step"] for m in metrics], loss, smooth, 2 * half + 1, [m["lr"] for m in metrics], held_out)
+
+
+def _centered_mean(values: list[float], place: int, half: int) -> float:
+    """The mean of up to `half` values on either side of a place; near an end of fewer, on both sides alike, so that it
+    neither lags behind nor leans to the middle."""
+    reach = min(half, place, len(values) - 1 - place)
+    return sum(values[place - reach : place + reach + 1]) / (2 * reach + 1)
 
 
 def plot_loss_curve(curve: LossCurve, title: str) -> "Figure":
     """The training loss and the learning rate; below, held-out NLL and ECE, where they were measured."""
     measured = bool(curve.held_out["step"])
     figure, (ax, *below) = new_figure(6.5, 6.0 if measured else 4.0, rows=2 if measured else 1)
-    ax.plot(curve.steps, curve.loss, color="#4477aa", alpha=0.35, linewidth=1.0, label="loss")
-    ax.plot(curve.steps, curve.smooth, color="#4477aa", linewidth=2.0, label="running mean")
+    figure.suptitle(title, fontsize=10)
+    ax.plot(curve.steps, curve.loss, color=BLUE, alpha=0.35, linewidth=1.0, label="loss of a step")
+    smooth = "loss" if curve.window == 1 else f"mean of {curve.window} logged steps"
+    ax.plot(curve.steps, curve.smooth, color=BLUE, linewidth=2.0, label=smooth)
     ax.set_xlabel("step")
     ax.set_ylabel("loss (nats per target token)")
-    ax.set_title(title, fontsize=10)
     rate = ax.twinx()
-    rate.plot(curve.steps, curve.lr, color="#cc6677", linewidth=1.0, linestyle="--", label="learning rate")
+    rate.plot(curve.steps, curve.lr, color=ORANGE, linewidth=1.4, linestyle="--", label="learning rate")
     rate.set_ylabel("learning rate")
     rate.set_ylim(bottom=0)
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    handles = [*ax.get_lines(), *rate.get_lines()]
-    ax.legend(handles, [h.get_label() for h in handles], frameon=False, fontsize=8)
+    # Each tick in full, 0.0002 or 2e-05, without a factor for all of them in the corner.
+    rate.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _legend_above(ax, [*ax.get_lines(), *rate.get_lines()])
     for lower in below:
         _draw_held_out(lower, curve)
+    shown = [*curve.steps, *curve.held_out["step"]] or [0]
+    margin = 0.02 * max(max(shown) - min(shown), 1)
     for each in (ax, *below):
+        each.set_xlim(min(shown) - margin, max(shown) + margin)
         each.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
+def _legend_above(ax: Any, lines: list[Any]) -> None:
+    """Outside: a curve may run anywhere inside."""
+    ax.legend(
+        lines, [line.get_label() for line in lines], frameon=False, fontsize=8, ncols=len(lines), loc="lower right",
+        bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2,
+    )  # fmt: skip
+
+
 def _draw_held_out(ax: Any, curve: LossCurve) -> None:
     steps = curve.held_out["step"]
-    [nll] = ax.plot(steps, curve.held_out["eval_nll"], "o-", color="#4477aa", markersize=3, label="NLL")
+    [nll] = ax.plot(steps, curve.held_out["eval_nll"], "o-", color=GREEN, markersize=3.5, label="NLL")
     ax.set_xlabel("step")
     ax.set_ylabel("held-out NLL (nats per token)")
     error = ax.twinx()
-    [ece] = error.plot(steps, curve.held_out["eval_ece"], "s--", color="#cc6677", markersize=3, label="ECE")
+    [ece] = error.plot(steps, curve.held_out["eval_ece"], "s--", color=PURPLE, markersize=3.5, label="ECE")
     error.set_ylabel("held-out ECE")
     error.set_ylim(bottom=0)
-    ax.legend(
-        [nll, ece], ["NLL", "ECE"], frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0)
-    )
+    _legend_above(ax, [nll, ece])
 
 
 def model_card(

@@ -20,7 +20,7 @@ from calsmooth.finetune.plan import Plan
 from calsmooth.finetune.recording import METRICS
 from calsmooth.finetune.report import model_card, plot_loss_curve, prepare_loss_curve
 from calsmooth.finetune.resume import COMPLETED
-from calsmooth.models import model_label
+from calsmooth.models import BUILT_IN, model_label
 from calsmooth.plots import save_figure
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def write_results(
         tokenizer.chat_template = chat_template  # so that whoever asks the model asks it as it was trained
     card = model_card(config.to_dict(), summary, versions())
     metrics = [values for _, values in read_jsonl(folder / METRICS)]
-    title = f"{model_label(config.model)} on {config.dataset_label()}, beta = {config.beta:g}"
+    title = curve_title(config, summary)
     save_figure(plot_loss_curve(prepare_loss_curve(metrics), title), folder / "loss")
     write_text(folder / "README.md", card)
     write_json(folder / "summary.json", summary)
@@ -64,6 +64,14 @@ def write_results(
     write_text(folder / COMPLETED, "")
     if config.keep_last == 0:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def curve_title(config: FinetuneConfig, summary: Mapping[str, Any]) -> str:
+    """Which model was trained on what, how, and for how long."""
+    model = "the built-in model" if config.model == BUILT_IN else model_label(config.model)
+    data = "the built-in data" if config.dataset == (BUILT_IN,) else config.dataset_label()
+    how = f"{summary['steps']:,} steps, {summary['tokens']:,} target tokens"
+    return f"{model} fine-tuned on {data}, label smoothing beta = {config.beta:g}\n{how}"
 
 
 def write_cards(folder: Path, evaluations: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:

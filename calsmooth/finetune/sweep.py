@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
 from calsmooth import console
@@ -23,14 +24,13 @@ from calsmooth.finetune.config import FinetuneConfig
 from calsmooth.finetune.resume import COMPLETED, as_started
 from calsmooth.finetune.stopping import StoppedError
 from calsmooth.models import model_label
-from calsmooth.plots import BLUE, GREEN, RED, new_figure, save_figure
+from calsmooth.plots import INK, draw_intervals, new_figure, run_styles, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOT_SWEPT = ("output", "resume", "dry_run")
 MOST_TICKS = 8
-COLORS = (BLUE, RED, GREEN, "#8a6bb0", "#c9963c", "#5aa5b5")
 
 
 @dataclass(frozen=True)
@@ -193,16 +193,11 @@ class SweepPlot:
     def values(self, rows: list[Row], label: str, metric: str) -> list[float]:
         return [float((row.measured or {})[label][metric]) for row in rows]
 
-    def errors(self, rows: list[Row], label: str, metric: str) -> list[list[float]] | None:
-        """Distances from the values down and up to the ends of their intervals; None where one has none."""
-        found = [(row.measured or {})[label] for row in rows]
-        intervals = [values[f"{metric}_interval"] for values in found if values.get(f"{metric}_interval")]
-        if len(intervals) < len(found):
-            return None
-        # A bootstrap's interval of an ECE can lie wholly above it: then the bar begins at the value.
-        down = [max(values[metric] - interval[0], 0.0) for values, interval in zip(found, intervals, strict=True)]
-        up = [max(interval[1] - values[metric], 0.0) for values, interval in zip(found, intervals, strict=True)]
-        return [down, up]
+    def intervals(self, rows: list[Row], label: str, metric: str) -> tuple[list[float], list[float]]:
+        """Lower and upper ends of the values' intervals, NaN where there is none; they may leave their value out."""
+        none = (float("nan"), float("nan"))
+        ends = [(row.measured or {})[label].get(f"{metric}_interval") or none for row in rows]
+        return [float(low) for low, _ in ends], [float(high) for _, high in ends]
 
 
 def prepare_sweep(rows: Sequence[Row]) -> SweepPlot | None:
@@ -228,17 +223,22 @@ def prepare_sweep(rows: Sequence[Row]) -> SweepPlot | None:
 
 def plot_sweep(plot: SweepPlot) -> "Figure":
     """Two rows, ECE above accuracy; a column for each thing that was measured; bars are the metrics' intervals."""
+    from matplotlib.lines import Line2D
+
     columns = len(plot.measured)
-    figure, axes = new_figure(4.2 * columns + 0.6, 5.6, rows=2, columns=columns)
+    figure, axes = new_figure(max(3.5 * columns, 4.5), 5.6, rows=2, columns=columns)
+    with_interval = False
     for column, label in enumerate(plot.measured):
         for ax, metric, words in ((axes[column], "ece", "ECE"), (axes[columns + column], "accuracy", "accuracy")):
-            for number, (others, rows) in enumerate(plot.lines):
+            for (others, rows), style in zip(plot.lines, run_styles(len(plot.lines)), strict=True):
                 x = [row.varied[plot.key] for row in rows]
-                color = COLORS[number % len(COLORS)]
-                values, errors = plot.values(rows, label, metric), plot.errors(rows, label, metric)
-                ax.errorbar(x, values, errors, marker="o", color=color, capsize=2.5, elinewidth=0.8, label=others)
+                look = {"color": style.color, "marker": style.marker, "linestyle": style.line}
+                ax.plot(x, plot.values(rows, label, metric), markersize=4.5, label=others or "after", **look)
+                low, high = plot.intervals(rows, label, metric)
+                draw_intervals(ax, x, low, high, ecolor=style.color)
+                with_interval = with_interval or bool(np.isfinite(low).any())
             if metric in plot.before.get(label, {}):
-                ax.axhline(plot.before[label][metric], color="0.45", linewidth=1.0, linestyle="--", label="before")
+                ax.axhline(plot.before[label][metric], color=INK, linewidth=1.0, linestyle=":", label="before")
             if min(x) > 0 and max(x) >= 20 * min(x):
                 ax.set_xscale("log")
             elif len(x) <= MOST_TICKS:
@@ -250,9 +250,11 @@ def plot_sweep(plot: SweepPlot) -> "Figure":
         axes[column].set_title(label, fontsize=10)
         axes[columns + column].set_xlabel("label smoothing beta" if plot.key == "beta" else plot.key)
     handles, labels = axes[0].get_legend_handles_labels()
-    shown = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label]
-    if shown:
-        axes[0].legend(*zip(*shown, strict=True), fontsize=8, frameon=False)
+    if with_interval:
+        handles.append(Line2D([], [], color=INK, linewidth=0.9, marker="_"))
+        labels.append("lines with caps: 95 % interval")
+    beside = 2 if columns == 1 else 3
+    figure.legend(handles, labels, loc="outside lower center", ncols=beside, fontsize=8, frameon=False)
     return figure
 
 

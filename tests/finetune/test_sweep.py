@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -72,8 +73,9 @@ def test_the_figure_has_a_line_for_each_other_setting(tmp_path: Path) -> None:
     assert [others for others, _ in plot.lines] == ["lr 0.01", "lr 0.1"]
     assert [row.varied["beta"] for row in plot.lines[0][1]] == [0, 0.1, 0.2]
     assert plot.values(plot.lines[0][1], "task", "ece") == pytest.approx([0.2, 0.15, 0.1])
-    assert plot.errors(plot.lines[0][1], "task", "ece")[1] == pytest.approx([0.1, 0.15, 0.2])
-    assert plot.errors(plot.lines[0][1], "task", "accuracy") is None
+    _, high = plot.intervals(plot.lines[0][1], "task", "ece")
+    assert np.array(high) - plot.values(plot.lines[0][1], "task", "ece") == pytest.approx([0.1, 0.15, 0.2])
+    assert np.isnan(plot.intervals(plot.lines[0][1], "task", "accuracy")).all()
     assert plot.before["task"]["ece"] == 0.1
     assert prepare_sweep([Row("a", {"beta": 0.1}, final_loss=1.0)]) is None
 
