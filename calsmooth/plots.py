@@ -166,12 +166,17 @@ class Reliability:
 
     def accuracy_intervals(self) -> tuple[Array, Array]:
         """The 95 % Wilson interval of each bin's accuracy: (bins,), (bins,), NaN where a bin is empty."""
-        return wilson_interval(self.bins.accuracy, self.bins.count / self.design_effect)
+        return bin_intervals(self.bins, self.design_effect)
 
     def size(self) -> str:
         """How much was measured, with its unit."""
         of_rows = "" if self.rows is None else f" of {self.rows:,} rows"
         return f"n = {self.n:,} {self.unit}{of_rows}"
+
+
+def bin_intervals(bins: Bins, design_effect: float = 1.0) -> tuple[Array, Array]:
+    """(low, high), each (bins,): the 95 % Wilson interval of each bin's accuracy, NaN where a bin is empty."""
+    return wilson_interval(bins.accuracy, bins.count / design_effect)
 
 
 def prepare_reliability(
@@ -298,7 +303,8 @@ def plot_reliability_together(
     frame = frame or prepare_frame(panel for panels in tasks.values() for panel in panels)
     for (upper, lower), (task, panels) in zip(places, tasks.items(), strict=True):
         for panel, style in zip(panels, run_styles(len(panels)), strict=True):
-            _draw_run(upper, panel, style)
+            label = f"{panel.title}: ECE {_with_interval(panel)}"
+            draw_run(upper, panel.bins, style, label, panel.design_effect)
             edges = np.append(panel.bins.lower, panel.bins.upper[-1])
             lower.stairs(panel.bins.weights(), edges, color=style.color, linestyle=style.line, linewidth=1.3)
         upper.plot([0, 1], [0, 1], color=INK, linewidth=1)
@@ -400,20 +406,23 @@ def _draw_share(ax: "Axes", panel: Reliability) -> None:
     ax.set_title(panel.size(), loc="left", fontsize=8)
 
 
-def _draw_run(ax: "Axes", panel: Reliability, style: RunStyle) -> None:
-    b = panel.bins
-    low, high = panel.accuracy_intervals()
-    many, few = b.count >= FEW, (b.count > 0) & (b.count < FEW)
+def draw_run(ax: "Axes", bins: Bins, style: RunStyle, label: str, design_effect: float = 1.0) -> None:
+    """One run's accuracy against confidence: a mark a bin, as large as its share, with its 95 % Wilson interval.
+
+    Bins with fewer than `FEW` answers are hollow and not joined to the others.
+    """
+    low, high = bin_intervals(bins, design_effect)
+    many, few = bins.count >= FEW, (bins.count > 0) & (bins.count < FEW)
+    x, y = bins.confidence, bins.accuracy
     look: dict[str, Any] = {"color": style.color, "marker": style.marker, "linestyle": style.line}
-    label = f"{panel.title}: ECE {_with_interval(panel)}"
-    ax.plot(b.confidence[many], b.accuracy[many], linewidth=1.3, markersize=3.5, label=label, **look)
-    size = 10 + 200 * b.weights()
+    ax.plot(x[many], y[many], linewidth=1.3, markersize=3.5, label=label, **look)
+    size = 10 + 200 * bins.weights()
     marks: dict[str, Any] = {"marker": style.marker, "clip_on": False}
-    ax.scatter(b.confidence[many], b.accuracy[many], s=size[many], c=style.color, alpha=0.5, linewidths=0, **marks)
+    ax.scatter(x[many], y[many], s=size[many], c=style.color, alpha=0.5, linewidths=0, **marks)
     hollow: dict[str, Any] = {"facecolors": "none", "edgecolors": style.color, "linewidths": 0.8, "alpha": 0.5}
-    ax.scatter(b.confidence[few], b.accuracy[few], s=12, **hollow, **marks)
+    ax.scatter(x[few], y[few], s=12, **hollow, **marks)
     for shown, alpha in ((many, 0.8), (few, 0.25)):
-        draw_intervals(ax, b.confidence[shown], low[shown], high[shown], ecolor=style.color, alpha=alpha, capsize=1.5)
+        draw_intervals(ax, x[shown], low[shown], high[shown], ecolor=style.color, alpha=alpha, capsize=1.5)
 
 
 def _reliability_legend(figure: "Figure", panels: Sequence[Reliability | None], columns: int) -> None:

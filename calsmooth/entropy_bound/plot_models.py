@@ -11,7 +11,7 @@ from calsmooth.entropy_bound.bound import SMALLEST_MEASURED, Array, log_entropy_
 from calsmooth.entropy_bound.frontier import smoothing_confidence, smoothing_entropy, smoothing_logit_gap
 from calsmooth.entropy_bound.measure import Measurement
 from calsmooth.metrics import Bins, reliability_bins
-from calsmooth.plots import new_figure
+from calsmooth.plots import FEW, RunStyle, draw_run, new_figure, run_styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 RESOLUTION = 1e-7
 """Nats: what float32 rounding leaves of an entropy of ordinary logits; nothing smaller needs a place in the picture."""
+
+
+ON_LINES = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 0.8}
+"""The ground of words that may stand on a curve."""
 
 
 @dataclass(frozen=True)
@@ -72,38 +76,38 @@ def prepare_panel(label: str, m: Measurement, c: Calibration, betas: Sequence[fl
 
 
 def plot_models(models: Sequence[tuple[str, Measurement, Calibration]], betas: Sequence[float], bins: int) -> "Figure":
-    """All panels for all models, a colour each."""
-    from matplotlib import colormaps
-
+    """All panels for all models, a color, marker and line style each."""
     panels = [prepare_panel(*one, betas, bins) for one in models]
-    colors = [colormaps["tab10"](i % 10) for i in range(len(panels))]
+    styles = run_styles(len(panels))
     figure, (entropies, norms, spectrum, reliability) = new_figure(width=13, height=9.5, rows=2, columns=2)
     figure.suptitle("How confident these heads can be, and how confident they are on the text", fontsize=13)
-    _plot_entropies(entropies, panels, colors)
-    _plot_norms(norms, panels, colors)
-    _plot_spectrum(spectrum, panels, colors)
-    _plot_reliability(reliability, panels, colors)
+    _plot_entropies(entropies, panels, styles)
+    _plot_norms(norms, panels, styles)
+    _plot_spectrum(spectrum, panels, styles)
+    _plot_reliability(reliability, panels, styles)
     return figure
 
 
-def _plot_entropies(ax: "Axes", panels: list[Panel], colors: list) -> None:
+def _plot_entropies(ax: "Axes", panels: list[Panel], styles: list[RunStyle]) -> None:
     shown = [max(float(p.entropies[0]), RESOLUTION) for p in panels]
     shown += [p.attained for p in panels if p.attained > RESOLUTION]
     left = min(*shown, *(h for p in panels for h in p.smoothing.values())) / 10
-    for i, (p, color) in enumerate(zip(panels, colors, strict=True)):
+    for i, (p, style) in enumerate(zip(panels, styles, strict=True)):
         share = (np.arange(len(p.entropies)) + 1) / len(p.entropies)
-        ax.step(np.maximum(p.entropies, left), share, color=color, where="post", label=f"{p.label}: on the text")
-        ax.axvline(p.log_vocab, color=color, linewidth=0.8, linestyle=":")
+        ax.step(np.maximum(p.entropies, left), share, color=style.color, where="post", label=f"{p.label}: on the text")
+        ax.axvline(p.log_vocab, color=style.color, linewidth=0.8, linestyle=":")
         if p.token_floors[-1] > np.log10(left):
             floors = np.maximum(10.0**p.token_floors, left)
-            ax.step(floors, share, color=color, where="post", linestyle="--", label=f"{p.label}: each token's floor")
+            ax.step(
+                floors, share, color=style.color, where="post", linestyle="--", label=f"{p.label}: each token's floor"
+            )
         beyond = []
         if p.floor > np.log10(left):
-            ax.axvline(10.0**p.floor, color=color, linewidth=1.4, linestyle="-.")
+            ax.axvline(10.0**p.floor, color=style.color, linewidth=1.4, linestyle="-.")
         else:
             beyond.append(f"floor (Theorem 4.2) {_power(p.floor)}")
         if p.attained > left:
-            ax.plot(p.attained, 0.0, "^", color=color, markersize=8, clip_on=False)
+            ax.plot(p.attained, 0.0, "^", color=style.color, markersize=8, clip_on=False)
         else:
             beyond.append(
                 "attained "
@@ -117,17 +121,18 @@ def _plot_entropies(ax: "Axes", panels: list[Panel], colors: list) -> None:
                 xytext=(12, 0),
                 textcoords="offset points",
                 xycoords="axes fraction",
-                color=color,
+                color=style.color,
                 va="center",
                 fontsize=9,
-                arrowprops={"arrowstyle": "->", "color": color},
+                bbox=ON_LINES,
+                arrowprops={"arrowstyle": "->", "color": style.color},
             )
     for beta, entropy in panels[0].smoothing.items():
         _marked_line(ax, entropy, rf"$H^*$, $\beta$ = {beta:g}", height=0.99, va="top")
     ax.plot([], [], "^", color="0.3", linestyle="", label="attained by a hidden state made for it")
     ax.plot([], [], linestyle=":", color="0.3", label=r"$\log |V|$")
     ax.set(xscale="log", xlim=(left, None), ylim=(0, 1.02), xlabel="entropy, nats", ylabel="share of predictions below")
-    ax.legend(fontsize=8, frameon=False, loc="upper left")
+    _legend(ax, loc="upper left")
     ax.set_title("entropies reached, and the floor", fontsize=10)
 
 
@@ -144,55 +149,60 @@ def _marked_line(ax: "Axes", x: float, words: str, height: float, va: str) -> No
         ha="right",
         va=va,
         fontsize=8,
-        color="0.4",
+        color="0.3",
+        bbox=ON_LINES,
+        zorder=5,
     )
+
+
+def _legend(ax: "Axes", loc: str) -> None:
+    legend = ax.legend(fontsize=8, loc=loc, framealpha=0.85, edgecolor="none")
+    legend.set_zorder(6)
 
 
 def _power(log10: float) -> str:
     return f"$10^{{{log10:,.0f}}}$".replace(",", "{,}")
 
 
-def _plot_norms(ax: "Axes", panels: list[Panel], colors: list) -> None:
+def _plot_norms(ax: "Axes", panels: list[Panel], styles: list[RunStyle]) -> None:
     names = list(panels[0].norms)
     apart = 0.5 / max(len(panels), 2)
-    for i, (p, color) in enumerate(zip(panels, colors, strict=True)):
+    for i, (p, style) in enumerate(zip(panels, styles, strict=True)):
         height = np.arange(len(names)) + apart * (i - (len(panels) - 1) / 2)
         norms = [p.norms[name] for name in names]
-        ax.hlines(height, min(p.needed.values()), norms, color=color, linewidth=1, alpha=0.5)
-        ax.plot(norms, height, "o", color=color, label=p.label)
+        ax.hlines(height, min(p.needed.values()), norms, color=style.color, linewidth=1, alpha=0.5)
+        ax.plot(norms, height, style.marker, color=style.color, label=p.label)
     for beta, needed in panels[0].needed.items():
         _marked_line(ax, needed, rf"needed for $\beta$ = {beta:g}", height=0.5, va="center")
     ax.set_yticks(range(len(names)), names)
     ax.set(xscale="log", ylim=(-0.5, len(names) - 0.5), xlabel="longest logits, Euclidean norm")
     low, high = ax.get_xlim()
     ax.set_xlim(min(low, 0.5 * min(panels[0].needed.values())), high)
-    ax.legend(fontsize=8, frameon=False)
+    _legend(ax, loc="best")
     ax.set_title("how long the logits may be, and how long smoothing needs them", fontsize=10)
 
 
-def _plot_spectrum(ax: "Axes", panels: list[Panel], colors: list) -> None:
-    for p, color in zip(panels, colors, strict=True):
+def _plot_spectrum(ax: "Axes", panels: list[Panel], styles: list[RunStyle]) -> None:
+    for p, style in zip(panels, styles, strict=True):
         seen = p.spectrum[p.spectrum > 1e-12 * p.spectrum[0]]
         label = f"{p.label}: effective rank {p.effective_rank:.0f} of {len(p.spectrum)}"
-        ax.plot(np.arange(1, len(seen) + 1), seen, color=color, label=label)
-        ax.axvline(p.effective_rank, color=color, linestyle=":", linewidth=1)
+        ax.plot(np.arange(1, len(seen) + 1), seen, color=style.color, linestyle=style.line, label=label)
+        ax.axvline(p.effective_rank, color=style.color, linestyle=":", linewidth=1)
     ax.set(xscale="log", yscale="log", xlabel="rank", ylabel="singular value")
-    ax.legend(fontsize=8, frameon=False, loc="lower left")
+    _legend(ax, loc="lower left")
     ax.set_title("feature diversity: correlation matrix of the hidden states (Lemma 3.1)", fontsize=10)
 
 
-def _plot_reliability(ax: "Axes", panels: list[Panel], colors: list) -> None:
-    for p, color in zip(panels, colors, strict=True):
-        filled = p.bins.count > 0
-        size = 12 + 400 * p.bins.weights()[filled]
-        ax.plot(p.bins.confidence[filled], p.bins.accuracy[filled], color=color, linewidth=1)
-        ax.scatter(
-            p.bins.confidence[filled], p.bins.accuracy[filled], s=size, color=color, alpha=0.6,
-            label=f"{p.label}: ECE {p.ece:.3f}",
-        )  # fmt: skip
+def _plot_reliability(ax: "Axes", panels: list[Panel], styles: list[RunStyle]) -> None:
+    for p, style in zip(panels, styles, strict=True):
+        draw_run(ax, p.bins, style, f"{p.label}: ECE {p.ece:.3f}, n = {p.bins.count.sum():,} tokens")
     ax.plot([0, 1], [0, 1], color="0.25", linewidth=1.2, linestyle="--")
     for beta, confidence in panels[0].confidence.items():
-        _marked_line(ax, confidence, rf"smoothing's target, $\beta$ = {beta:g}", height=0.02, va="bottom")
+        _marked_line(ax, confidence, rf"smoothing's target, $\beta$ = {beta:g}", height=0.16, va="bottom")
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence in the next token", ylabel="accuracy")
-    ax.legend(fontsize=8, frameon=False, loc="upper left", markerscale=0.6)
+    _legend(ax, loc="upper left")
+    ax.text(
+        0.98, 0.02, f"hollow: fewer than {FEW} tokens; lines with caps:\n95 % interval, as if tokens were independent",
+        transform=ax.transAxes, ha="right", fontsize=7.5, color="0.3", bbox=ON_LINES, zorder=5,
+    )  # fmt: skip
     ax.set_title("next-token calibration on the text (below the diagonal: over-confident)", fontsize=10)

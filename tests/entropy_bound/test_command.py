@@ -1,6 +1,7 @@
 """`calsmooth entropy-bound` from the command line to its files."""
 
 import csv
+import itertools
 import json
 import subprocess
 import sys
@@ -8,8 +9,11 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.transforms import Bbox
 
 from calsmooth.entropy_bound.bound import normalized_entropy_gap
+from calsmooth.entropy_bound.families import FAMILIES
 from calsmooth.entropy_bound.plot import plot_gap_curves, prepare_gap_curves
 
 
@@ -63,6 +67,46 @@ def test_the_curves_go_through_the_points():
     between = [np.interp(np.log(32_768), np.log(curves.grid), gaps) for gaps in curves.gaps]
     assert between == pytest.approx(curves.marks[:, 0], rel=1e-3)
     assert curves.marks[1, 1] == pytest.approx(normalized_entropy_gap(256_000, 2048, 0.3))
+
+
+def window_extents(figure, ax):
+    """The boxes of the texts inside an axes and of its markers, in pixels."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    texts = {text.get_text(): text.get_window_extent(renderer) for text in ax.texts if text.get_text()}
+    markers = []
+    for line in ax.get_lines():
+        if line.get_marker() == "o":
+            radius = line.get_markersize() / 2 * figure.dpi / 72
+            for x, y in ax.transData.transform(np.column_stack(line.get_data())):
+                markers.append(Bbox([[x - radius, y - radius], [x + radius, y + radius]]))
+    return texts, markers
+
+
+@pytest.mark.parametrize("rho", [0.1, 0.25, 0.3])
+def test_no_two_names_or_dots_of_the_map_meet(rho):
+    figure = plot_gap_curves(prepare_gap_curves((49_152,), (576,), rho))
+    texts, markers = window_extents(figure, figure.axes[1])
+    assert len(texts) == len(markers) == sum(len(family.members) for family in FAMILIES)
+    for (one, box), (other, other_box) in itertools.combinations(texts.items(), 2):
+        assert not box.overlaps(other_box), (one, other)
+    for box, other_box in itertools.combinations(markers, 2):
+        assert not box.overlaps(other_box)
+    for words, box in texts.items():
+        assert not any(box.overlaps(marker) for marker in markers), words
+
+
+@pytest.mark.parametrize("vocab", [(32_768, 128_256, 256_000), (128_256, 151_936, 152_064, 256_000, 262_144)])
+def test_names_of_vocabularies_are_level_and_apart(vocab):
+    figure = plot_gap_curves(prepare_gap_curves(vocab, (576,), 0.25))
+    left = figure.axes[0]
+    texts, _ = window_extents(figure, left)
+    assert len(texts) == len(vocab)
+    assert all(text.get_rotation() == 0 for text in left.texts)
+    for (one, box), (other, other_box) in itertools.combinations(texts.items(), 2):
+        assert not box.overlaps(other_box), (one, other)
+    edges = left.get_window_extent()
+    assert all(box.x0 >= edges.x0 - 1 and box.x1 <= edges.x1 + 1 for box in texts.values())
 
 
 @pytest.mark.parametrize("rho", [0.0, 1e-9, 0.25, 1e6])
