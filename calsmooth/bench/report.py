@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from calsmooth.plots import new_figure
+from calsmooth.plots import BLUE, RUN_STYLES, RunStyle, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 ROOFLINE = "roofline"
 
-OUR_COLORS = ["#d62728", "#ff7f0e", "#e377c2", "#8c1d04", "#f5b041", "#7d3c98"]
-OTHER_COLORS = ["#1f77b4", "#17becf", "#2ca02c", "#9467bd", "#7f7f7f", "#bcbd22", "#393b79", "#637939", "#9edae5"]
-OTHER_COLORS += ["#0b5345", "#5f6b7a", "#98df8a", "#c5b0d5", "#aec7e8"]
+MARKERS = "os^DvPX*<>dhp"
+"""Of the lines, in order. Their number and that of the run styles have no common divisor, so that color and marker
+together repeat only after all combinations."""
 
 
 @dataclass(frozen=True)
@@ -238,13 +238,17 @@ def _draw_curves(ax: "Axes", panel: Panel, values: dict[str, list[float | None]]
             ax.plot(xs, heights, color="0.4", linestyle="--", linewidth=1.2, label=label)
         else:
             ours = label.startswith("calsmooth")
+            style = _style(label, labels)
             ax.plot(
                 xs,
                 heights,
-                "o-",
-                color=_color(label, labels),
-                linewidth=2.4 if ours else 1.3,
-                markersize=4,
+                color=style.color,
+                marker=style.marker,
+                linestyle=style.line,
+                linewidth=2.6 if ours else 1.2,
+                markersize=6,
+                # Hollow marks show what lies under them.
+                markerfacecolor=style.color if ours else "none",
                 label=label,
             )
     from matplotlib.ticker import LogLocator, NullLocator
@@ -268,8 +272,15 @@ def _draw_bars(ax: "Axes", values: dict[str, list[float | None]], order: list[st
             ax.text(0, position, " not measured", va="center", fontsize=8, color="0.4")
             continue
         # The names stand beside the bars: colors have nothing to tell apart but ours from the others'.
-        color = "0.9" if label.startswith(ROOFLINE) else OUR_COLORS[0] if label.startswith("calsmooth") else "0.68"
-        ax.barh(position, value, color=color, height=0.7)
+        ours, roofline = label.startswith("calsmooth"), label.startswith(ROOFLINE)
+        ax.barh(
+            position,
+            value,
+            color="white" if roofline else BLUE if ours else "0.72",
+            edgecolor="0.4" if roofline else "white",
+            hatch="//" if ours else None,
+            height=0.7,
+        )
         ax.text(value, position, f" {value:,.0f}" if value >= 100 else f" {value:.3g}", va="center", fontsize=8)
     ax.set_yticks(range(len(order)), order, fontsize=9)
     ax.set_ylim(-0.6, len(order) - 0.4)
@@ -278,12 +289,12 @@ def _draw_bars(ax: "Axes", values: dict[str, list[float | None]], order: list[st
     ax.set_xlabel(what)
 
 
-def _color(label: str, labels: list[str]) -> str:
-    """Warm colors for ours, cold ones for the others; the same in every panel."""
-    ours = label.startswith("calsmooth")
-    palette = OUR_COLORS if ours else OTHER_COLORS
-    mine = [other for other in labels if other.startswith("calsmooth") == ours and not other.startswith(ROOFLINE)]
-    return palette[mine.index(label) % len(palette)]
+def _style(label: str, labels: list[str]) -> RunStyle:
+    """Thick full lines for ours, thin broken ones for the others; the same in every panel."""
+    number = [other for other in labels if not other.startswith(ROOFLINE)].index(label)
+    style = RUN_STYLES[number % len(RUN_STYLES)]
+    line = "-" if label.startswith("calsmooth") else (0, (4, 1.5))
+    return RunStyle(style.color, MARKERS[number % len(MARKERS)], line, style.hatch)
 
 
 def _several_vocabularies(rows: list[Row]) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -155,7 +155,7 @@ def _marked_line(ax: "Axes", x: float, words: str, height: float, va: str) -> No
     )
 
 
-def _legend(ax: "Axes", loc: str) -> None:
+def _legend(ax: "Axes", loc: Literal["upper left", "lower left", "best"]) -> None:
     legend = ax.legend(fontsize=8, loc=loc, framealpha=0.85, edgecolor="none")
     legend.set_zorder(6)
 

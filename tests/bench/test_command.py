@@ -169,6 +169,16 @@ def test_a_method_that_failed_leaves_a_gap():
     assert plot_rows(rows).axes
 
 
+def test_no_two_methods_have_the_same_line():
+    names = ["calsmooth exact", "calsmooth lean", *(f"peer {i}" for i in range(20))]
+    rows = [row(name, tokens=n) for name in names for n in (64, 128)]
+    lines = list(plot_rows(rows).axes[0].get_lines())
+    assert len(lines) == len(names)
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(names)
+    widths = {line.get_label(): line.get_linewidth() for line in lines}
+    assert widths["calsmooth exact"] > widths["peer 0"]
+
+
 def test_the_table_tells_what_failed():
     from rich.console import Console
 
