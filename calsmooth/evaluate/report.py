@@ -76,9 +76,15 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> None:
     """The figure of the reliability diagrams and report.html, all from what results.json holds."""
     drawn = panels(results)
     figure = plot_reliability(drawn, columns=in_a_row(len(drawn)))
-    figure.suptitle(model_label(results["model"]), fontsize=11)
+    figure.suptitle(_name(results), fontsize=11)
     save_figure(figure, folder / "reliability")
     write_text(folder / "report.html", _page(results, drawn))
+
+
+def _name(results: Mapping[str, Any]) -> str:
+    """The model's short name; of a folder model/ that isn't where it was, so that its run can't be told, the path."""
+    label = model_label(results["model"])
+    return results["model"] if label == "model" else label
 
 
 def in_a_row(number: int) -> int:
@@ -110,8 +116,8 @@ def _page(results: Mapping[str, Any], drawn: Sequence[Reliability]) -> str:
     }
     settings = yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True)
     return page.page(
-        f"Calibration of {model_label(results['model'])}",
-        f"{model_description(results['model'])}; {', '.join(tasks)}; calsmooth {results['versions']['calsmooth']}",
+        f"Calibration of {_name(results)}",
+        f"{results.get('model_description') or model_description(results['model'])}; {', '.join(tasks)}; calsmooth {results['versions']['calsmooth']}",
         page.verdicts((panel.title, judge(panel).words()) for panel in drawn),
         page.section("Results", _metrics(every, "task", shown), page.bullets(remarks(results, by_subject=True))),
         page.section("Reliability", page.reliability(drawn)),
