@@ -115,9 +115,10 @@ def _page(results: Mapping[str, Any], drawn: Sequence[Reliability]) -> str:
         "platform": results.get("platform", ""),
     }
     settings = yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True)
+    description = results.get("model_description") or model_description(results["model"])
     return page.page(
         f"Calibration of {_name(results)}",
-        f"{results.get('model_description') or model_description(results['model'])}; {', '.join(tasks)}; calsmooth {results['versions']['calsmooth']}",
+        f"{description}; {', '.join(tasks)}; calsmooth {results['versions']['calsmooth']}",
         page.verdicts((panel.title, judge(panel).words()) for panel in drawn),
         page.section("Results", _metrics(every, "task", shown), page.bullets(remarks(results, by_subject=True))),
         page.section("Reliability", page.reliability(drawn)),
