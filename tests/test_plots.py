@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from calsmooth import metrics
 from calsmooth.plots import (
@@ -116,6 +117,23 @@ def test_panels_have_equal_axes_and_near_chance_is_shown_larger(sample):
     apart = plot_reliability_apart([chance, wide])
     assert len(apart) == 3
     assert apart[1].axes[0].get_xlim() == apart[2].axes[0].get_xlim()
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_the_legend_lies_inside_the_figure(sample, columns):
+    confidence, correct = sample
+    few = prepare_reliability([*confidence, 0.02], [*correct, 1])  # all marks occur
+    figures = [plot_reliability([few] * columns), plot_reliability_apart([few])[0]]
+    for figure in figures:
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)
+        (legend,) = figure.legends
+        assert len(legend.get_texts()) == 7
+        box, whole = legend.get_window_extent(renderer), figure.bbox
+        assert box.x0 >= whole.x0
+        assert box.x1 <= whole.x1
+        assert box.y0 >= whole.y0
+        assert box.y1 <= whole.y1
 
 
 def test_tokens_have_their_unit_and_wider_intervals(sample):
