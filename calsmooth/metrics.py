@@ -12,12 +12,14 @@ the tied questions share their mean outcome. A bin that holds nothing counts for
 All functions raise ValueError for empty input or shapes that don't fit.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from calsmooth import intervals
 
 Array = NDArray[np.float64]
 Scheme = Literal["equal_width", "equal_mass"]
@@ -189,14 +191,24 @@ def adaptive_calibration_error(
 
 def brier_score(probabilities: ArrayLike, labels: ArrayLike) -> float:
     """Mean over questions of sum_k (p_k - [k is right])^2, from 0 to 2 (Brier 1950)."""
+    return float(brier_scores(probabilities, labels).mean())
+
+
+def brier_scores(probabilities: ArrayLike, labels: ArrayLike) -> Array:
+    """(N,): each question's part of `brier_score`."""
     p, k = _rows(probabilities, labels)
-    return float(np.mean(np.sum(p**2, axis=1) - 2 * p[np.arange(len(k)), k] + 1))
+    return np.sum(p**2, axis=1) - 2 * p[np.arange(len(k)), k] + 1
 
 
 def negative_log_likelihood(log_probabilities: ArrayLike, labels: ArrayLike) -> float:
     """Mean of -log p(right choice), in nats; takes logarithms (N, K), so that tiny probabilities keep their value."""
+    return float(negative_log_likelihoods(log_probabilities, labels).mean())
+
+
+def negative_log_likelihoods(log_probabilities: ArrayLike, labels: ArrayLike) -> Array:
+    """(N,): each question's part of `negative_log_likelihood`."""
     lp, k = _rows(log_probabilities, labels)
-    return float(-np.mean(lp[np.arange(len(k)), k]))
+    return -lp[np.arange(len(k)), k]
 
 
 def accuracy(probabilities: ArrayLike, labels: ArrayLike) -> float:
@@ -257,19 +269,18 @@ def summarize(
 
     logprobs: one row of natural-log probabilities a question, not renormalised; rows may differ in length.
     temperature: divides the renormalised logits before anything is measured; `choice_mass` is the model's own.
-    resamples: above 0, adds 95 % bootstrap intervals of accuracy and ECE, and `ece_if_calibrated`.
+    resamples: above 0, adds what `summarize_top` adds then.
     """
     raw = pad_choices(logprobs)
     lp = log_softmax(raw, temperature)
     p, labels = np.exp(lp), np.asarray(gold, dtype=np.int64)
     confidence, correct = top_choice(p, labels)
     present = np.isfinite(raw)
+    losses = {"brier": brier_scores(p, labels), "nll": negative_log_likelihoods(lp, labels)}
     return {
-        **summarize_top(confidence, correct, bins=bins, resamples=resamples, seed=seed),
+        **summarize_top(confidence, correct, bins=bins, resamples=resamples, seed=seed, losses=losses),
         "sce": static_calibration_error(p, labels, bins, present),
         "ace": adaptive_calibration_error(p, labels, bins, present),
-        "brier": brier_score(p, labels),
-        "nll": negative_log_likelihood(lp, labels),
         "choice_mass": choice_mass(raw),
     }
 
@@ -282,13 +293,20 @@ def summarize_top(
     resamples: int = 0,
     seed: int = 0,
     clusters: ArrayLike | None = None,
+    losses: Mapping[str, ArrayLike] | None = None,
 ) -> dict[str, Any]:
-    """The metrics that need only the top choice. `clusters`: see `bootstrap_interval`."""
+    """The metrics that need only the top choice, and the means of `losses` (N,), such as Brier scores, by their names.
+
+    resamples: above 0, adds 95 % bootstrap intervals of the means (accuracy, overconfidence, losses) and what
+        `infer_ece` says: `ece_corrected`, `ece_interval`, `ece_if_calibrated`, `ece_p_value`.
+    clusters: see `bootstrap_interval`.
+    """
     p, y = _pairs(confidence, correct)
     result: dict[str, Any] = {
         "n": len(p),
         "accuracy": float(y.mean()),
         "mean_confidence": float(p.mean()),
+        "overconfidence": float(p.mean() - y.mean()),
         "ece": expected_calibration_error(p, y, bins),
         "ece_equal_mass": expected_calibration_error(p, y, bins, "equal_mass"),
         "smooth_ece": smooth_calibration_error(p, y),
@@ -297,15 +315,122 @@ def summarize_top(
         "rms_ce_hendrycks_test": rms_ce_hendrycks_test(p, y),
         "auroc": auroc(p, y),
     }
+    means = {"accuracy": y, "overconfidence": p - y} | {k: np.asarray(v, float) for k, v in (losses or {}).items()}
+    result |= {name: float(values.mean()) for name, values in means.items() if name not in result}
     if resamples:
-
-        def both(p: Array, y: Array) -> tuple[float, float]:
-            return float(y.mean()), expected_calibration_error(p, y, bins)
-
-        interval = bootstrap_interval(both, p, y, resamples=resamples, seed=seed, clusters=clusters)
-        result["accuracy_interval"], result["ece_interval"] = interval.T.tolist()
-        result["ece_if_calibrated"] = ece_if_calibrated(p, bins, seed=seed)
+        columns = np.stack(list(means.values()), axis=1)
+        ends = intervals.mean_intervals(columns, clusters=clusters, resamples=resamples, seed=seed)
+        result |= {f"{name}_interval": pair for name, pair in zip(means, ends.tolist(), strict=True)}
+        ece = infer_ece(p, y, bins, seed=seed, clusters=clusters)
+        result |= {
+            "ece_corrected": ece.corrected,
+            "ece_interval": [ece.low, ece.high],
+            "ece_if_calibrated": ece.if_zero,
+            "ece_p_value": ece.p_value,
+        }
     return result
+
+
+def summarize_unnormalised(
+    logprobs: Sequence[Sequence[float]] | ArrayLike,
+    gold: ArrayLike,
+    *,
+    bins: int = 15,
+    resamples: int = 0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """ECE and over-confidence of the top choice's probability as the model gave it, under its whole vocabulary.
+
+    Renormalising over the choices takes away what the model gave to no choice: label smoothing, which spreads
+    probability over the vocabulary, lowers this confidence and need not change the renormalised one. The same choice is
+    at the top, so that accuracy is the same. Keys as in `summarize_top`, with `_unnormalised` before `_interval`.
+    """
+    raw = pad_choices(logprobs)
+    _, correct = top_choice(raw, gold)
+    confidence = np.exp(raw.max(axis=1))
+    found = summarize_top(confidence, correct, bins=bins, resamples=resamples, seed=seed)
+    names = ["mean_confidence", "overconfidence", "overconfidence_interval"]
+    names += ["ece", "ece_interval", "ece_corrected", "ece_if_calibrated", "ece_p_value"]
+    return {_unnormalised(name): found[name] for name in names if name in found}
+
+
+def _unnormalised(name: str) -> str:
+    stem = name.removesuffix("_interval")
+    return f"{stem}_unnormalised{name.removeprefix(stem)}"
+
+
+def against_calibrated(
+    confidence: ArrayLike, correct: ArrayLike, bins: int = 15, *, draws: int = 1000, seed: int = 0
+) -> dict[str, float]:
+    """`ece_if_calibrated` and `ece_p_value` alone: what `infer_ece` has of them, without the interval."""
+    null = calibrated_eces(confidence, bins, draws, seed)
+    seen = expected_calibration_error(confidence, correct, bins)
+    return {"ece_if_calibrated": float(null.mean()), "ece_p_value": intervals.p_value(seen, null)}
+
+
+def infer_ece(
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    bins: int = 15,
+    *,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+    clusters: ArrayLike | None = None,
+) -> intervals.AbsoluteSum:
+    """What the data says about the true ECE, with bins of equal width: a corrected estimate, an interval and a test.
+
+    ECE of finite data is above the true one, and never 0. `corrected` takes that off (median-unbiased); `low`, `high`
+    hold the true ECE in about 95 % of samples (docs/intervals.md); `if_zero` is the ECE to expect of a calibrated model
+    at this size, and `p_value` the share of samples of a calibrated model that show at least the ECE seen here.
+
+    draws: of outcomes with the stated probabilities, for `if_zero` and `p_value`. `clusters` (N,) names the group of
+    each element where elements aren't independent; the test is then that of the groups' covariance.
+    """
+    p, y = _pairs(confidence, correct)
+    if clusters is None:
+        return _infer(p, y, bins, level, seed, calibrated_eces(p, bins, draws, seed))
+    return _infer(p, y, bins, level, seed, None, clusters)
+
+
+def infer_ece_difference(
+    first: tuple[ArrayLike, ArrayLike],
+    second: tuple[ArrayLike, ArrayLike],
+    bins: int = 15,
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+    clusters: ArrayLike | None = None,
+) -> tuple[float, float, float]:
+    """(estimate, low, high) of the true ECE of `second` less that of `first`, each (confidence, correct), paired.
+
+    Element i of both is the same question. The estimate is the difference of the corrected values of `infer_ece`; the
+    interval is put together from the two intervals and their correlation over the questions.
+    """
+    (p, y), (q, z) = _pairs(*first), _pairs(*second)
+    if len(p) != len(q):
+        raise ValueError(f"expected the same questions, got {len(p)} and {len(q)}")
+    columns = np.hstack([_residuals(p, y, bins), _residuals(q, z, bins)])
+    sums, counts = intervals.cluster_sums(columns, clusters)
+    if len(sums) == 1:
+        raise ValueError("one element, or one cluster, has no interval; expected two or more")
+    extra = np.concatenate([_extra_variance(p, bins), _extra_variance(q, bins)])
+    mean, noise = intervals.mean_and_noise(sums, counts, extra, seed=seed)
+    both = []
+    for part, confidence in ((slice(0, bins), p), (slice(bins, None), q)):
+        null = None if clusters is not None else calibrated_eces(confidence, bins, 1000, seed)
+        both.append(intervals.absolute_sum(mean[part], noise[:, part], null, level))
+    return intervals.difference(*both)
+
+
+def calibrated_eces(confidence: ArrayLike, bins: int = 15, draws: int = 1000, seed: int = 0) -> Array:
+    """(draws,) ECEs of these confidences with outcomes drawn as they say: what a calibrated model shows."""
+    p = np.asarray(confidence, dtype=np.float64)
+    index = np.minimum((p * bins).astype(np.int64), bins - 1)
+    stated = np.bincount(index, p, bins)
+    generator = np.random.default_rng(seed)
+    right = (np.bincount(index[generator.random(len(p)) < p], minlength=bins) for _ in range(draws))
+    return np.array([np.abs(hits - stated).sum() for hits in right]) / len(p)
 
 
 def ece_if_calibrated(confidence: ArrayLike, bins: int = 15, draws: int = 200, seed: int = 0) -> float:
@@ -313,9 +438,7 @@ def ece_if_calibrated(confidence: ArrayLike, bins: int = 15, draws: int = 200, s
 
     The mean over `draws` of outcomes drawn with the stated probabilities.
     """
-    p = np.asarray(confidence, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    return float(np.mean([expected_calibration_error(p, generator.random(len(p)) < p, bins) for _ in range(draws)]))
+    return float(calibrated_eces(confidence, bins, draws, seed).mean())
 
 
 def bootstrap_interval(
@@ -372,6 +495,38 @@ def _rows(values: ArrayLike, labels: ArrayLike) -> tuple[Array, NDArray[np.int64
     if k.min() < 0 or k.max() >= p.shape[1]:
         raise ValueError(f"labels must be from 0 to {p.shape[1] - 1}, got {k.min()} to {k.max()}")
     return p, k
+
+
+def _residuals(p: Array, y: Array, bins: int) -> Array:
+    """(N, bins): correct - confidence in the bin of the confidence, 0 elsewhere. ECE is sum_b |column mean|."""
+    residuals = np.zeros((len(p), bins))
+    residuals[np.arange(len(p)), np.minimum((p * bins).astype(np.int64), bins - 1)] = y - p
+    return residuals
+
+
+def _extra_variance(p: Array, bins: int) -> Array:
+    """(bins,): what one more question in each bin that isn't empty would add to the variance of its mean residual."""
+    index = np.minimum((p * bins).astype(np.int64), bins - 1)
+    count = np.bincount(index, minlength=bins)
+    mean = np.bincount(index, p, bins) / np.maximum(count, 1)
+    return np.where(count > 0, mean * (1 - mean), 0.0) / len(p) ** 2
+
+
+def _infer(
+    p: Array,
+    y: Array,
+    bins: int,
+    level: float,
+    seed: int,
+    if_calibrated: Array | None,
+    clusters: ArrayLike | None = None,
+) -> intervals.AbsoluteSum:
+    sums, counts = intervals.cluster_sums(_residuals(p, y, bins), clusters)
+    mean, noise = intervals.mean_and_noise(sums, counts, _extra_variance(p, bins), seed=seed)
+    found = intervals.absolute_sum(mean, noise, if_calibrated, level)
+    if len(sums) > 1:
+        return replace(found, high=min(found.high, 1.0))
+    return replace(found, low=0.0, high=1.0)  # one question, or one response, says nothing about others
 
 
 def _bin_means(index: NDArray[np.int64], p: Array, y: Array, bins: int) -> tuple[NDArray[np.int64], Array, Array]:

@@ -24,7 +24,12 @@ METRICS = (
     Metric("rms_ce", "RMS", "RMS calibration error, adaptive bins"),
     Metric("brier", "Brier", "Brier score"),
     Metric("nll", "NLL", "negative log-likelihood, nats"),
-    Metric("ece_if_calibrated", "floor", "ECE that perfect calibration would show"),
+    Metric("overconfidence", "over", "over-confidence: mean confidence - accuracy"),
+    Metric("ece_corrected", "ECE corr.", "ECE, corrected for what sampling adds"),
+    Metric("ece_if_calibrated", "floor", "ECE that perfect calibration would show at this n"),
+    Metric("ece_p_value", "p", "share of samples of a calibrated model with at least this ECE"),
+    Metric("ece_unnormalised", "ECE raw", "ECE of the letters' probabilities as the model gave them, not renormalised"),
+    Metric("overconfidence_unnormalised", "over raw", "over-confidence of those"),
     Metric("ece_equal_mass", "ECE mass", "ECE, bins of equal mass"),
     Metric("smooth_ece", "smECE", "smooth ECE, no bins"),
     Metric("mce", "MCE", "maximum calibration error"),
@@ -36,6 +41,8 @@ METRICS = (
 )
 ON_TERMINAL = 6
 """The first so many are shown on a terminal."""
+SIGNIFICANT = 0.05
+"""A model whose ECE a calibrated one reaches in a larger share of samples can't be told from that."""
 
 
 def metric_text(summary: Mapping[str, Any], metric: Metric, interval: bool = False) -> str:
@@ -43,8 +50,25 @@ def metric_text(summary: Mapping[str, Any], metric: Metric, interval: bool = Fal
     value = summary.get(metric.key)
     if value is None:
         return "-"
-    ends = summary.get(f"{metric.key}_interval") if interval else None
+    # The interval that is called ECE's is that of the true one, which the corrected value estimates.
+    key = {"ece": "", "ece_corrected": "ece"}.get(metric.key, metric.key)
+    ends = summary.get(f"{key}_interval") if interval else None
     return f"{value:.3f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
+
+
+def ece_sentence(summary: Mapping[str, Any]) -> str:
+    """How large a task's calibration error is, how sure that is, and what a calibrated model would show.
+
+    summary: of `metrics.summarize` with intervals.
+    """
+    low, high = summary["ece_interval"]
+    p = summary["ece_p_value"]
+    share = (f"{p:.0%}" if p >= 0.01 else f"at most {p:.1%}").replace("%", " %")
+    return (
+        f"ECE {summary['ece']:.3f}, corrected for sampling {summary['ece_corrected']:.3f} (95 % interval {low:.3f} to "
+        f"{high:.3f}); a calibrated model shows {summary['ece_if_calibrated']:.3f} on average at this n, and at least "
+        f"as much as here in {share} of samples"
+    )
 
 
 def metrics_table(rows: Iterable[tuple[str, Mapping[str, Any]]], first: str = "") -> "Table":

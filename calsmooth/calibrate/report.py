@@ -10,7 +10,7 @@ from calsmooth import page
 from calsmooth.calibrate.verdict import Difference, difference_text, interval_text
 from calsmooth.files import write_text
 from calsmooth.plots import Reliability, plot_reliability, save_figure
-from calsmooth.tables import METRICS, ON_TERMINAL, metric_text
+from calsmooth.tables import METRICS, ON_TERMINAL, ece_sentence, metric_text
 from calsmooth.verdict import judge
 
 TASKS_SHOWN = 10
@@ -63,14 +63,16 @@ def rows(results: Mapping[str, Any], most_tasks: int = TASKS_SHOWN) -> Iterator[
 
 def remarks(results: Mapping[str, Any], most_tasks: int = TASKS_SHOWN) -> list[str]:
     """How sure the numbers are, and the notes of the run."""
-    (low, high), after = results["after"]["ece_interval"], results["after"]
     scores = {"": results}
     if "per_byte" in results:
         scores = {"summed: ": results, "per byte: ": results["per_byte"]}
     lines = [
         *(f"{words}{_changes(of_scores)}" for words, of_scores in scores.items()),
-        f"95 % interval of ECE after: {low:.3f} to {high:.3f}; perfect calibration would show "
-        f"{after['ece_if_calibrated']:.3f} at this n",
+        *(
+            f"{words}{moment}: {ece_sentence(of_scores[moment])}"
+            for words, of_scores in scores.items()
+            for moment in ("before", "after")
+        ),
     ]
     if len(results.get("tasks", {})) > most_tasks:
         lines.append(f"{len(results['tasks'])} tasks; calibration.json and report.html have each")

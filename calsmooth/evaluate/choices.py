@@ -135,8 +135,12 @@ class Choices:
         }
         if len(self.subjects) > 1:
             of_subject = groupby(predictions, key=lambda p: p.subject)
-            summary["subjects"] = {name: self._summary(list(group)) for name, group in of_subject}
+            summary["subjects"] = {name: self._subject(list(group)) for name, group in of_subject}
         gold = [p.gold for p in predictions]
+        if self.form == "letter":
+            summary |= metrics.summarize_unnormalised(
+                logprobs, gold, bins=self.config.bins, resamples=RESAMPLES, seed=self.config.seed
+            )
         if self.form == "cloze":
             summary["per_byte"] = self._metrics(per_byte, gold, RESAMPLES)
             # The exponential of a mean is no probability, so that there is no mass to speak of.
@@ -186,6 +190,13 @@ class Choices:
 
     def _summary(self, predictions: Sequence[Prediction], resamples: int = 0) -> dict:
         return self._metrics([p.logprobs for p in predictions], [p.gold for p in predictions], resamples)
+
+    def _subject(self, predictions: Sequence[Prediction]) -> dict:
+        """A subject's ECE means little without what so few questions of a calibrated model would show."""
+        top = metrics.top_of([p.logprobs for p in predictions], [p.gold for p in predictions])
+        return self._summary(predictions) | metrics.against_calibrated(
+            *top, bins=self.config.bins, seed=self.config.seed
+        )
 
     def _metrics(self, scores: Sequence[Sequence[float]], gold: Sequence[int], resamples: int) -> dict:
         return metrics.summarize(scores, gold, bins=self.config.bins, resamples=resamples, seed=self.config.seed)

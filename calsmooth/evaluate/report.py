@@ -15,7 +15,7 @@ from calsmooth.plots import (
     save_figure,
     stored_reliability,
 )
-from calsmooth.tables import METRICS, ON_TERMINAL, Metric, metric_text, metrics_table
+from calsmooth.tables import METRICS, ON_TERMINAL, SIGNIFICANT, Metric, ece_sentence, metric_text, metrics_table
 from calsmooth.verdict import judge
 
 if TYPE_CHECKING:
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 SUBJECTS_SHOWN = 10
 """A task with more subjects than these shows its total only, unless asked."""
+OF_SUBJECTS = tuple(
+    metric
+    for metric in METRICS
+    if metric in METRICS[:ON_TERMINAL] or metric.key in ("ece_if_calibrated", "ece_p_value")
+)
+"""The columns of their table: few questions make an ECE of their own, which stands beside it."""
 
 
 def results_table(results: Mapping[str, Any], by_subject: bool = False) -> "Table":
@@ -44,21 +50,39 @@ def remarks(results: Mapping[str, Any], by_subject: bool = False) -> list[str]:
     """How sure the numbers are, what was sampled or left out, and the notes of the run."""
     lines = []
     for name, task in results["tasks"].items():
-        low, high = task["ece_interval"]
-        lines.append(
-            f"{name}: 95 % interval of ECE {low:.3f} to {high:.3f}; "
-            f"perfect calibration would show {task['ece_if_calibrated']:.3f} at this n"
-        )
+        lines.append(f"{name}: {ece_sentence(task)}")
+        if "per_byte" in task:
+            lines.append(f"{name}, per byte: {ece_sentence(task['per_byte'])}")
+        if "ece_unnormalised" in task:
+            low, high = task["ece_unnormalised_interval"]
+            lines.append(
+                f"{name}: the letters' probabilities before they are renormalised have ECE "
+                f"{task['ece_unnormalised']:.3f} (corrected {task['ece_corrected_unnormalised']:.3f}, {low:.3f} to "
+                f"{high:.3f})"
+            )
         if task.get("prompt") in ("hendrycks", "lm-eval", "conversation"):
             lines.append(f"{name}: the choices hold {task['choice_mass']:.1%} of the model's probability")
         if "rows" in task:
             lines.append(f"{name}: n counts the tokens of {task['rows']:,} responses")
         if "questions_available" in task and task["n"] < task["questions_available"]:
             lines.append(f"{name}: a sample of {task['n']:,} of {task['questions_available']:,} questions (--limit)")
+        lines += [f"{name}: {line}" for line in _of_subjects(task.get("subjects", {}))]
         hidden = len(task.get("subjects", {}))
         if hidden > SUBJECTS_SHOWN and not by_subject:
             lines.append(f"{name}: {hidden} subjects; --by-subject shows each, results.json has them")
     return [*lines, *results["notes"]]
+
+
+def _of_subjects(subjects: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How many subjects' ECE is more than noise."""
+    p_values = [summary["ece_p_value"] for summary in subjects.values() if "ece_p_value" in summary]
+    if not p_values:
+        return []
+    number = sum(p <= SIGNIFICANT for p in p_values)
+    return [
+        f"{number} of {len(p_values)} subjects differ from calibrated (p <= {SIGNIFICANT:g}); "
+        f"{SIGNIFICANT * len(p_values):.2g} would by chance"
+    ]
 
 
 def panels(results: Mapping[str, Any]) -> list[Reliability]:
@@ -100,7 +124,9 @@ def _page(results: Mapping[str, Any], drawn: Sequence[Reliability]) -> str:
         if "per_byte" in task:
             every.append((f"{name}, per byte", task["per_byte"]))
     subjects = [
-        page.folded(f"{name}: {len(task['subjects'])} subjects", _metrics(task["subjects"].items(), "subject", shown))
+        page.folded(
+            f"{name}: {len(task['subjects'])} subjects", _metrics(task["subjects"].items(), "subject", OF_SUBJECTS)
+        )
         for name, task in tasks.items()
         if "subjects" in task
     ]
