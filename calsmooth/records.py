@@ -1,15 +1,25 @@
-"""predictions.jsonl: the file between evaluate and calibrate, one line a question. Stable, documented in the README."""
+"""What an evaluation predicted, in files. Stable, documented in the README.
+
+predictions.jsonl: a line a question, between evaluate and calibrate. token_predictions.npz: an entry a response token.
+"""
 
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
 
 from calsmooth.errors import CalsmoothError
-from calsmooth.files import read_jsonl, write_text
+from calsmooth.files import read_jsonl, write_bytes, write_text
+
+PREDICTIONS = "predictions.jsonl"
+TOKEN_PREDICTIONS = "token_predictions.npz"
 
 ROUNDING = 0.01
 """Nats by which a log-probability may lie above 0: a certain token's is the difference of two equal sums, which were
@@ -99,3 +109,53 @@ def _is_logprob(x: Any) -> bool:
 
 def _at_most_0(logprobs: Sequence[float]) -> tuple[float, ...]:
     return tuple(min(float(x), 0.0) for x in logprobs)
+
+
+# --- tokens of responses ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenPredictions:
+    """One entry a response token, in the order of the data set: top-1 probability, 1 where it was right, -log p(token)
+    in nats and Brier score, all float64, and the index of the token's row, an integer.
+    """
+
+    confidence: np.ndarray
+    correct: np.ndarray
+    nll: np.ndarray
+    brier: np.ndarray
+    row: np.ndarray
+
+
+def write_token_predictions(path: Path, tokens: TokenPredictions) -> Path:
+    """The arrays in numpy's compressed format, under the names of the fields."""
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        confidence=tokens.confidence,
+        correct=tokens.correct.astype(np.uint8),
+        nll=tokens.nll,
+        brier=tokens.brier,
+        row=tokens.row.astype(np.int32),
+    )
+    return write_bytes(path, buffer.getvalue())
+
+
+def read_token_predictions(path: Path) -> TokenPredictions:
+    """
+    Raises:
+        CalsmoothError: the file can't be read, or isn't what `write_token_predictions` writes.
+    """
+    names = [field.name for field in dataclasses.fields(TokenPredictions)]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise CalsmoothError(f"{path}: can't be read as token predictions ({error})") from None
+    if len({array.shape for array in arrays.values()}) > 1 or arrays["row"].ndim != 1 or len(arrays["row"]) == 0:
+        raise CalsmoothError(f"{path}: expected arrays {', '.join(names)} of one length above 0")
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise CalsmoothError(f"{path}: holds a value that is not a number")
+    return TokenPredictions(
+        **{n: array.astype(np.float64) for n, array in arrays.items() if n != "row"}, row=arrays["row"]
+    )

@@ -24,7 +24,7 @@ class EvaluateCommand(EvaluateConfig):
 
     runs: tuple[str, ...] = setting(
         (),
-        "With --compare, two or more: folders of finished runs, FOLDER or NAME=FOLDER; differences are to the first.",
+        "With --compare, two or more: folders of finished runs, FOLDER or NAME=FOLDER; tables are in this order.",
         argument=True,
         metavar="RUN",
     )
@@ -78,7 +78,8 @@ def _compare(config: EvaluateCommand, output: Output) -> None:
     output.show(Group(*rich_tables(labels, result.results["tasks"])), result=result.results)
     differences = difference_lines(result.results)
     if len(differences) > DIFFERENCES_SHOWN:
-        differences = [f"{len(differences)} differences to {labels[0]}, with intervals: see report.html"]
+        more = len(differences) - DIFFERENCES_SHOWN
+        differences = [*differences[:DIFFERENCES_SHOWN], f"and {more} more: see report.html"]
     _say_dim([*differences, *result.results["notes"]])
     _say_files(result.folder)
 

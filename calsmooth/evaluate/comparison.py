@@ -4,21 +4,32 @@ Runs -> what they have in common -> comparison.json, a table like the paper's Ta
 its Figures 2, 3 and 7, reliability diagrams like its Figures 1, 8 and 9, and report.html with all of it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from calsmooth import metrics
+from calsmooth import intervals, metrics
 from calsmooth.environment import versions
 from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.evaluate.comparison_report import write_files
+from calsmooth.evaluate.tasks import RESPONSES
 from calsmooth.files import read_json, run_folder, write_json
-from calsmooth.records import read_predictions
+from calsmooth.records import (
+    PREDICTIONS,
+    TOKEN_PREDICTIONS,
+    Prediction,
+    read_predictions,
+    read_token_predictions,
+)
 
 RESAMPLES = 1000
+ALL_PAIRS = 6
+"""Of more runs than these, not all pairs are compared."""
+PER_BYTE = ", per byte"
 SETTINGS = ("format", "prompt", "chat_template", "template", "shots", "n", "rows")
 """What must be the same of a task for its numbers to be comparable."""
 ASIDE = ("reliability", "subjects", "per_byte")
@@ -42,7 +53,10 @@ class CompareResult:
 
 
 def compare(runs: Sequence[str], output: Path | None = None, seed: int = 0) -> CompareResult:
-    """Compare run folders, each given as FOLDER or NAME=FOLDER. The first one is what differences are against.
+    """Compare run folders, each given as FOLDER or NAME=FOLDER.
+
+    Every pair of runs is compared on what both were asked; of more than `ALL_PAIRS` runs each with the first and with
+    the one before it.
 
     Raises:
         UsageError: fewer than two runs, two of the same name, or a folder that isn't a run's.
@@ -54,11 +68,12 @@ def compare(runs: Sequence[str], output: Path | None = None, seed: int = 0) -> C
         raise CalsmoothError(f"the runs have no task in common: {'; '.join(map(_tasks_of, read))}")
     summaries = _summaries(read, names)
     notes = list(_unlike(read, names))
-    differences = _differences(read, names, seed, notes)
+    pairs = _pairs(read, list(summaries), seed, notes)
     results = {
         "runs": [{"label": run.label, "folder": str(run.folder), **_about(run.results)} for run in read],
         "tasks": {task: {label: _plain(s) for label, s in by_run.items()} for task, by_run in summaries.items()},
-        "differences": differences,
+        "differences": _to_the_first(pairs, read[0].label),
+        "pairs": pairs,
         "notes": notes,
         "seed": seed,
         "versions": versions(),
@@ -104,7 +119,7 @@ def _summaries(runs: Sequence[Run], tasks: Sequence[str]) -> dict[str, dict[str,
         found[task] = present
         per_byte = {label: summary["per_byte"] for label, summary in present.items() if "per_byte" in summary}
         if per_byte:
-            found[f"{task}, per byte"] = per_byte
+            found[f"{task}{PER_BYTE}"] = per_byte
     return found
 
 
@@ -126,55 +141,129 @@ def _unlike(runs: Sequence[Run], tasks: Sequence[str]) -> Iterator[str]:
             yield f"{task}: the runs were not asked the same questions in the same words (their task keys differ)"
 
 
-def _differences(runs: Sequence[Run], tasks: Sequence[str], seed: int, notes: list[str]) -> dict[str, Any]:
-    """{task: {run's label: {metric: [difference, low, high]}}} to the first run, where the questions are the same.
+# --- differences -----------------------------------------------------------------------------------------------------
 
-    The interval is a bootstrap over questions, drawn for both runs together: what they share, such as hard questions,
-    drops out.
+
+@dataclass(frozen=True)
+class Answers:
+    """What a run predicted of a task. Of questions, or of the tokens of responses, whose `rows` (N,) are not None.
+
+    place: of each question or token, by which two runs' are found to be the same. unnormalised: (N,) the confidence
+    before the choices are renormalised, for tasks by letters.
+    """
+
+    place: Mapping[Hashable, int]
+    confidence: metrics.Array
+    correct: metrics.Array
+    nll: metrics.Array
+    brier: metrics.Array
+    unnormalised: metrics.Array | None = None
+    rows: NDArray[np.int64] | None = None
+
+
+def pairs_of(labels: Sequence[str]) -> list[tuple[str, str]]:
+    """(run, the one it is compared with): each with all before it; of many runs, with the first and the one before."""
+    pairs = []
+    for number, label in enumerate(labels):
+        against = range(number) if len(labels) <= ALL_PAIRS else sorted({0, number - 1} - {-1, number})
+        pairs += [(label, labels[other]) for other in against]
+    return pairs
+
+
+def _pairs(runs: Sequence[Run], tasks: Sequence[str], seed: int, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """{task: [{run, against, metric: [difference, low, high], ...}]}, where two runs were asked the same.
+
+    Cloze tasks come a second time, per byte. What both runs share, such as hard questions, drops out of the intervals.
     """
     answers = {run.label: _answers(run) for run in runs}
-    base = runs[0]
-    found: dict[str, dict[str, Any]] = {}
+    bins = int(runs[0].results["config"]["bins"])
+    compared: dict[str, list[dict[str, Any]]] = {}
     for task in tasks:
-        if task not in answers[base.label]:
-            continue
-        found[task] = {}
-        for run in runs[1:]:
-            if task not in answers[run.label]:
-                continue
-            one, other = answers[base.label][task], answers[run.label][task]
-            shared = sorted(one.keys() & other.keys())
-            if not len(one) == len(other) == len(shared):
-                notes.append(
-                    f"{task}: {run.label} and {base.label} answered different questions; no difference is given"
+        for label, base in pairs_of([run.label for run in runs if task in answers[run.label]]):
+            first, second = answers[base][task], answers[label][task]
+            if first.place.keys() != second.place.keys():
+                if not task.endswith(PER_BYTE):
+                    what = "predicted different tokens" if first.rows is not None else "answered different questions"
+                    notes.append(f"{task}: {label} and {base} {what}; no difference is given")
+            elif len(first.confidence) > 1:
+                compared.setdefault(task, []).append(
+                    {"run": label, "against": base, **_paired(first, second, bins, seed)}
                 )
-                continue
-            arrays = np.array([(*one[key], *other[key]) for key in shared]).T
-            bins = int(base.results["config"]["bins"])
-            found[task][run.label] = _paired(arrays, bins, seed)
-    return {task: by_run for task, by_run in found.items() if by_run}
+    return compared
 
 
-def _answers(run: Run) -> dict[str, dict[tuple[str, str], tuple[float, float]]]:
-    """{task: {question: (confidence, correct)}} of the run's predictions.jsonl, where there is one."""
-    path = run.folder / "predictions.jsonl"
-    found: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
-    if path.is_file():
-        predictions = read_predictions(path)
-        confidence, correct = metrics.top_of([p.logprobs for p in predictions], [p.gold for p in predictions])
-        for p, c, y in zip(predictions, confidence.tolist(), correct.tolist(), strict=True):
-            found.setdefault(p.task, {})[p.subject, p.id] = (c, y)
+def _paired(first: Answers, second: Answers, bins: int, seed: int) -> dict[str, list[float]]:
+    """Each metric's [difference, low, high], second - first. That of ECE is of the corrected values."""
+    order = np.array([second.place[key] for key in first.place])
+    q, z = second.confidence[order], second.correct[order]
+    p, y = first.confidence, first.correct
+    changes = {
+        "accuracy": z - y,
+        "overconfidence": (q - z) - (p - y),
+        "nll": second.nll[order] - first.nll,
+        "brier": second.brier[order] - first.brier,
+    }
+    columns = np.stack(list(changes.values()), axis=1)
+    ends = intervals.mean_intervals(columns, clusters=first.rows, resamples=RESAMPLES, seed=seed).tolist()
+    result = {name: [float(column.mean()), *pair] for (name, column), pair in zip(changes.items(), ends, strict=True)}
+    if first.rows is None or len(np.unique(first.rows)) > 1:
+        result["ece"] = list(metrics.infer_ece_difference((p, y), (q, z), bins, seed=seed, clusters=first.rows))
+    if first.unnormalised is not None and second.unnormalised is not None:
+        raw = (first.unnormalised, y), (second.unnormalised[order], z)
+        result["ece_unnormalised"] = list(metrics.infer_ece_difference(*raw, bins, seed=seed))
+    return result
+
+
+def _answers(run: Run) -> dict[str, Answers]:
+    """{task: what the run predicted}, of the tasks of which its folder has that."""
+    found: dict[str, Answers] = {}
+    questions, tokens = run.folder / PREDICTIONS, run.folder / TOKEN_PREDICTIONS
+    if questions.is_file():
+        by_task: dict[str, list[Prediction]] = {}
+        for prediction in read_predictions(questions):
+            by_task.setdefault(prediction.task, []).append(prediction)
+        for task, predictions in by_task.items():
+            letters = run.results["tasks"].get(task, {}).get("format") == "letter"
+            found[task] = _of_questions(predictions, [p.logprobs for p in predictions], letters)
+            per_byte = [p.logprobs_per_byte for p in predictions if p.logprobs_per_byte is not None]
+            if len(per_byte) == len(predictions):
+                found[f"{task}{PER_BYTE}"] = _of_questions(predictions, per_byte)
+    if tokens.is_file() and RESPONSES in run.results["tasks"]:
+        t = read_token_predictions(tokens)
+        # The key is a hash of every token: where it is the same, so is the token at each place.
+        key = run.results["tasks"][RESPONSES].get("key")
+        place: dict[Hashable, int] = {(key, number): number for number in range(len(t.row))}
+        found[RESPONSES] = Answers(place, t.confidence, t.correct, t.nll, t.brier, rows=t.row)
     return found
 
 
-def _paired(arrays: metrics.Array, bins: int, seed: int) -> dict[str, list[float]]:
-    def change(p: metrics.Array, y: metrics.Array, q: metrics.Array, z: metrics.Array) -> tuple[float, float]:
-        ece = metrics.expected_calibration_error(q, z, bins) - metrics.expected_calibration_error(p, y, bins)
-        return float(z.mean() - y.mean()), ece
+def _of_questions(
+    predictions: Sequence[Prediction], scores: Sequence[Sequence[float]], letters: bool = False
+) -> Answers:
+    raw, gold = metrics.pad_choices(scores), np.array([p.gold for p in predictions])
+    lp = metrics.log_softmax(raw)
+    confidence, correct = metrics.top_choice(np.exp(lp), gold)
+    return Answers(
+        {(p.subject, p.id): number for number, p in enumerate(predictions)},
+        confidence,
+        correct,
+        nll=metrics.negative_log_likelihoods(lp, gold),
+        brier=metrics.brier_scores(np.exp(lp), gold),
+        unnormalised=np.exp(raw.max(axis=1)) if letters else None,
+    )
 
-    interval = metrics.bootstrap_interval(change, *arrays, resamples=RESAMPLES, seed=seed).T
-    seen = change(*arrays)
-    return {name: [seen[i], *interval[i].tolist()] for i, name in enumerate(("accuracy", "ece"))}
+
+def _to_the_first(pairs: Mapping[str, Sequence[Mapping[str, Any]]], base: str) -> dict[str, dict[str, Any]]:
+    """{task: {run's label: {metric: [difference, low, high]}}}: the pairs with the first run alone."""
+    by_task = {
+        task: {
+            pair["run"]: {key: value for key, value in pair.items() if key not in ("run", "against")}
+            for pair in of_task
+            if pair["against"] == base
+        }
+        for task, of_task in pairs.items()
+    }
+    return {task: by_run for task, by_run in by_task.items() if by_run}
 
 
 def _about(results: Mapping[str, Any]) -> dict[str, Any]:

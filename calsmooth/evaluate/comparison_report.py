@@ -47,10 +47,22 @@ COLUMNS = (
     Column("RMS", "rms_ce", -1),
     Column("RMS*", "rms_ce_hendrycks_test", -1),
 )
+UNNORMALISED = Column("ECE raw", "ece_unnormalised", -1)
+"""A column of its own where a task is asked by letters."""
 LEGEND = (
     "ECE: bins of equal width. RMS: root mean square over adaptive bins. RMS*: what the original MMLU "
     "script calls RMS, to compare with published tables. Bold: the best of a column."
 )
+LEGEND_UNNORMALISED = " ECE raw: of the letters' probabilities before they are renormalised over the choices."
+DIFFERENCES = {
+    "ece": "ECE",
+    "ece_unnormalised": "ECE raw",
+    "overconfidence": "over-confidence",
+    "accuracy": "accuracy",
+    "nll": "NLL",
+    "brier": "Brier",
+}
+"""The metrics of which differences are given, and the headings over them."""
 ON_TERMINAL = 3
 """So many metrics of a task fit a terminal; the files have all."""
 BARS = {
@@ -74,6 +86,8 @@ CSV_KEYS: tuple[str, ...] = (
     "mce",
 )
 CSV_KEYS += ("rms_ce", "rms_ce_hendrycks_test", "sce", "ace", "brier", "nll", "auroc", "choice_mass")
+CSV_KEYS += ("overconfidence", "ece_corrected", "ece_p_value", "ece_unnormalised", "overconfidence_unnormalised")
+CSV_INTERVALS = ("accuracy", "ece", "overconfidence", "brier", "nll", "ece_unnormalised", "overconfidence_unnormalised")
 
 
 # --- the table like Table 1 ------------------------------------------------------------------------------------------
@@ -102,6 +116,16 @@ def prepare_cells(runs: Sequence[str], tasks: Summaries, columns: Sequence[Colum
     return rows
 
 
+def columns_of(tasks: Summaries) -> tuple[Column, ...]:
+    """The columns of a table of these tasks: one more where some are asked by letters."""
+    by_letters = any(UNNORMALISED.key in summary for by_run in tasks.values() for summary in by_run.values())
+    return (*COLUMNS, UNNORMALISED) if by_letters else COLUMNS
+
+
+def legend_of(columns: Sequence[Column]) -> str:
+    return LEGEND + (LEGEND_UNNORMALISED if UNNORMALISED in columns else "")
+
+
 def rich_tables(runs: Sequence[str], tasks: Summaries) -> "list[Table]":
     """For the terminal: as many tasks side by side as its width holds, one such table after the other."""
     from rich.table import Table
@@ -128,12 +152,13 @@ def rich_tables(runs: Sequence[str], tasks: Summaries) -> "list[Table]":
 
 
 def markdown(runs: Sequence[str], tasks: Summaries) -> str:
-    headings = ["run", *(f"{task} {c.heading}" for task in tasks for c in COLUMNS)]
+    columns = columns_of(tasks)
+    headings = ["run", *(f"{task} {c.heading}" for task in tasks for c in columns)]
     lines = [_md_row(headings), _md_row(["---"] + ["---:"] * (len(headings) - 1))]
-    for run, row in zip(runs, prepare_cells(runs, tasks), strict=True):
+    for run, row in zip(runs, prepare_cells(runs, tasks, columns), strict=True):
         cells = [f"**{cell.text}**" if cell.best else cell.text for cell in row]
         lines.append(_md_row([run.replace("|", "\\|"), *cells]))
-    return "\n".join([*lines, "", LEGEND.replace("*", "\\*"), ""]).replace("RMS* |", "RMS\\* |")
+    return "\n".join([*lines, "", legend_of(columns).replace("*", "\\*"), ""]).replace("RMS* |", "RMS\\* |")
 
 
 def _md_row(cells: Sequence[str]) -> str:
@@ -142,12 +167,13 @@ def _md_row(cells: Sequence[str]) -> str:
 
 def latex(runs: Sequence[str], tasks: Summaries) -> str:
     """A booktabs table, to be \\input in a table environment."""
-    size = len(COLUMNS)
+    columns = columns_of(tasks)
+    size = len(columns)
     groups = " & ".join(rf"\multicolumn{{{size}}}{{c}}{{{_tex(task)}}}" for task in tasks)
     rules = " ".join(rf"\cmidrule(lr){{{2 + size * i}-{1 + size * (i + 1)}}}" for i in range(len(tasks)))
-    arrows = [rf"{_tex(c.heading)} $\{'up' if c.better > 0 else 'down'}arrow$" for c in COLUMNS]
+    arrows = [rf"{_tex(c.heading)} $\{'up' if c.better > 0 else 'down'}arrow$" for c in columns]
     lines = [
-        f"% {LEGEND}",
+        f"% {legend_of(columns)}",
         r"% \usepackage{booktabs}",
         rf"\begin{{tabular}}{{l{'r' * (size * len(tasks))}}}",
         r"\toprule",
@@ -156,7 +182,7 @@ def latex(runs: Sequence[str], tasks: Summaries) -> str:
         " & ".join(["Model", *arrows * len(tasks)]) + r" \\",
         r"\midrule",
     ]
-    for run, row in zip(runs, prepare_cells(runs, tasks), strict=True):
+    for run, row in zip(runs, prepare_cells(runs, tasks, columns), strict=True):
         cells = [rf"\textbf{{{cell.text}}}" if cell.best else cell.text.replace("-", "--") for cell in row]
         lines.append(" & ".join([_tex(run), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
@@ -171,13 +197,13 @@ def csv_text(runs: Sequence[str], tasks: Summaries) -> str:
     """A line a run and task, every metric in full precision, intervals as _low and _high."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    bounds = [f"{key}_{end}" for key in ("accuracy", "ece") for end in ("low", "high")]
+    bounds = [f"{key}_{end}" for key in CSV_INTERVALS for end in ("low", "high")]
     writer.writerow(["run", "task", *CSV_KEYS, *bounds])
     for task, by_run in tasks.items():
         for run in runs:
             if run in by_run:
                 summary = by_run[run]
-                ends = [x for key in ("accuracy", "ece") for x in summary.get(f"{key}_interval") or (None, None)]
+                ends = [x for key in CSV_INTERVALS for x in summary.get(f"{key}_interval") or (None, None)]
                 writer.writerow([run, task, *(summary.get(key) for key in CSV_KEYS), *ends])
     return buffer.getvalue()
 
@@ -247,31 +273,54 @@ def write_files(folder: Path, results: Mapping[str, Any], tasks: Summaries) -> N
 
 
 def difference_lines(results: Mapping[str, Any]) -> list[str]:
-    """How each run differs from the first, in words."""
+    """How one run differs from another, in words: those with the first run first."""
     base = results["runs"][0]["label"]
-    lines = []
-    for task, by_run in results["differences"].items():
-        for run, change in by_run.items():
-            (acc, acc_low, acc_high), (ece, low, high) = change["accuracy"], change["ece"]
-            lines.append(
-                f"{task}: {run} against {base}: ECE {ece:+.3f} ({low:+.3f} to {high:+.3f}), "
-                f"accuracy {acc:+.3f} ({acc_low:+.3f} to {acc_high:+.3f})"
-            )
-    return lines
+    every = [(task, pair) for task, pairs in results["pairs"].items() for pair in pairs]
+    ordered = sorted(every, key=lambda one: one[1]["against"] != base)
+    return [
+        f"{task}: {pair['run']} against {pair['against']}: "
+        + ", ".join(f"{words} {_change(pair[key])}" for key, words in DIFFERENCES.items() if key in pair)
+        for task, pair in ordered
+    ]
+
+
+def _change(difference: Sequence[float]) -> str:
+    value, low, high = difference
+    return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def _differences(results: Mapping[str, Any]) -> str:
+    """A table a task, a row a pair of runs."""
+    pieces = []
+    for task, pairs in results["pairs"].items():
+        keys = [key for key in DIFFERENCES if any(key in pair for pair in pairs)]
+        rows = [
+            [pair["run"], pair["against"], *(_change(pair[key]) if key in pair else "-" for key in keys)]
+            for pair in pairs
+        ]
+        clear = [
+            (r, c + 2)
+            for r, pair in enumerate(pairs)
+            for c, key in enumerate(keys)
+            if key in pair and not pair[key][1] <= 0 <= pair[key][2]
+        ]
+        headings = ["run", "against", *(DIFFERENCES[key] for key in keys)]
+        pieces.append(page.table(headings, rows, left=2, bold=clear, groups=[(task, len(headings))]))
+    return "\n".join(pieces)
 
 
 def _page(results: Mapping[str, Any], tasks: Summaries) -> str:
     runs = [run["label"] for run in results["runs"]]
-    rows = prepare_cells(runs, tasks)
+    columns = columns_of(tasks)
+    rows = prepare_cells(runs, tasks, columns)
     bold = [(r, c + 1) for r, row in enumerate(rows) for c, cell in enumerate(row) if cell.best]
     main = page.table(
-        ["run", *(c.heading for _ in tasks for c in COLUMNS)],
+        ["run", *(c.heading for _ in tasks for c in columns)],
         [[run, *(cell.text for cell in row)] for run, row in zip(runs, rows, strict=True)],
         bold=bold,
-        groups=[("", 1), *((task, len(COLUMNS)) for task in tasks)],
-        caption=LEGEND,
+        groups=[("", 1), *((task, len(columns)) for task in tasks)],
+        caption=legend_of(columns),
     )
-    changes = difference_lines(results)
     panels = reliability_panels(runs, tasks)
     flat = [replace(panel, title=f"{task}: {run}") for task, by_run in panels.items() for run, panel in by_run.items()]
     meant = [
@@ -287,9 +336,13 @@ def _page(results: Mapping[str, Any], tasks: Summaries) -> str:
         page.paragraph("Points are hundredths: mean confidence minus accuracy, in parentheses its 95 % interval."),
     ]
     pieces += [page.section("Results", main, page.bullets(results["notes"]))]
-    if changes:
-        told = "Differences to the first run on the same questions, with 95 % intervals of a paired bootstrap."
-        pieces.append(page.section("Differences", page.paragraph(told), page.bullets(changes)))
+    if results["pairs"]:
+        told = (
+            "Of the run less the one that it is compared with, on the same questions or tokens, with 95 % intervals; "
+            "bold where the interval leaves 0 out. Differences of ECE are those of the values corrected for sampling, "
+            "which otherwise hides what separates a calibrated model from another."
+        )
+        pieces.append(page.section("Differences", page.paragraph(told), _differences(results)))
     pieces += [
         page.section("Metrics", page.pictures(_bars(runs, tasks))),
         page.section(

@@ -5,7 +5,6 @@ that memory doesn't grow with the number of tokens times the vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from calsmooth.errors import CalsmoothError
 from calsmooth.evaluate.batches import Batches, Size, is_out_of_memory
 from calsmooth.evaluate.readout import Readout
+from calsmooth.records import TokenPredictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,17 +21,6 @@ if TYPE_CHECKING:
     from calsmooth.data import Example
 
 IGNORED = -100
-
-
-@dataclass(frozen=True)
-class TokenPredictions:
-    """One entry a response token, float64: top-1 probability, 1 where it was right, -log p(token), Brier score, row."""
-
-    confidence: np.ndarray
-    correct: np.ndarray
-    nll: np.ndarray
-    brier: np.ndarray
-    row: np.ndarray
 
 
 class TokenPredictor:

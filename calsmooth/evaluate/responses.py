@@ -17,6 +17,7 @@ from calsmooth.evaluate.tasks.responses import ResponseRows
 from calsmooth.evaluate.units import Record, Unit, parts
 from calsmooth.models import check_vocabulary
 from calsmooth.plots import prepare_reliability
+from calsmooth.records import TokenPredictions
 
 if TYPE_CHECKING:
     from calsmooth.data import Example
@@ -61,6 +62,7 @@ class Responses:
             resamples=RESAMPLES,
             seed=self.config.seed,
             clusters=row,  # the tokens of a response aren't independent
+            losses={"brier": brier, "nll": nll},
         )
         panel = prepare_reliability(
             confidence, correct, bins=self.config.bins, title=self.name, ece_interval=top["ece_interval"]
@@ -70,8 +72,6 @@ class Responses:
             # Over a whole vocabulary there is no list of choices to be judged one by one.
             "sce": None,
             "ace": None,
-            "brier": float(brier.mean()),
-            "nll": float(nll.mean()),
             "choice_mass": None,
             "rows": len(self.examples),
             "template": self.rows.template,
@@ -82,7 +82,8 @@ class Responses:
         notes = [*self.rows.notes, *memory_note(self.name, sum(record["halvings"] for record in records))]
         if self.predictor.readout.fallback is not None:
             notes.append(f"predictions are those of the model's own logits: {self.predictor.readout.fallback}")
-        return TaskResult(summary, panel, notes=notes)
+        tokens = TokenPredictions(confidence, correct, nll, brier, row)
+        return TaskResult(summary, panel, notes=notes, tokens=tokens)
 
     def _score(self, examples: Sequence["Example"], _: None, advance: Callable[..., None]) -> Record:
         highest = max(token for example in examples for token in example.input_ids)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from calsmooth.plots import Reliability
-from calsmooth.records import Prediction
+from calsmooth.records import Prediction, TokenPredictions
 
 RESAMPLES = 1000
 """Of the bootstrap intervals."""
@@ -12,12 +12,13 @@ RESAMPLES = 1000
 
 @dataclass
 class TaskResult:
-    """One task's part of results.json, its predictions (none for `responses`) and its panel of the picture."""
+    """One task's part of results.json, its predictions (of questions, or of tokens) and its panel of the picture."""
 
     summary: dict[str, Any]
     panel: Reliability
     predictions: list[Prediction] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tokens: TokenPredictions | None = None
 
 
 def memory_note(name: str, halvings: int) -> list[str]:

@@ -34,7 +34,14 @@ from calsmooth.models import (
 )
 from calsmooth.plots import Reliability
 from calsmooth.processes import Processes, joined
-from calsmooth.records import Prediction, write_predictions
+from calsmooth.records import (
+    PREDICTIONS,
+    TOKEN_PREDICTIONS,
+    Prediction,
+    TokenPredictions,
+    write_predictions,
+    write_token_predictions,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,7 +133,8 @@ def _run(config: ChoicesConfig, processes: Processes) -> EvaluateResult:
             **environment(device),
         }
         panels = {name: task.panel for name, task in found.items()}
-        _write(kept, results, predictions)
+        tokens = next((task.tokens for task in found.values() if task.tokens is not None), None)
+        _write(kept, results, predictions, tokens)
         return EvaluateResult(results, predictions, panels, kept.folder)
 
     return processes.by_first(finish)
@@ -152,9 +160,13 @@ def _load_responses(config: ChoicesConfig, tokenizer: "PreTrainedTokenizerBase")
     )
 
 
-def _write(kept: Ledger, results: Mapping[str, Any], predictions: Sequence[Prediction]) -> None:
+def _write(
+    kept: Ledger, results: Mapping[str, Any], predictions: Sequence[Prediction], tokens: TokenPredictions | None
+) -> None:
     if predictions:
-        write_predictions(kept.folder / "predictions.jsonl", predictions)
+        write_predictions(kept.folder / PREDICTIONS, predictions)
+    if tokens is not None:
+        write_token_predictions(kept.folder / TOKEN_PREDICTIONS, tokens)
     write_report(kept.folder, results)
     write_json(kept.folder / "results.json", results)
     kept.close()

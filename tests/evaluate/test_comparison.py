@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from calsmooth import metrics
 from calsmooth.cli.app import app
 from calsmooth.errors import CalsmoothError, UsageError
-from calsmooth.evaluate.comparison import compare, read_runs
+from calsmooth.evaluate.comparison import compare, pairs_of, read_runs
 from calsmooth.evaluate.comparison_report import latex, markdown, prepare_bars, prepare_cells
 from calsmooth.evaluate.report import write_report
 from calsmooth.plots import FORMATS, plot_bars, prepare_reliability
-from calsmooth.records import Prediction, write_predictions
+from calsmooth.records import Prediction, TokenPredictions, write_predictions, write_token_predictions
 
 
 def summary(rows, gold, **changes):
@@ -87,17 +87,107 @@ def test_the_command_writes_its_files_without_torch(runs, tmp_path):
 
 def test_differences_are_those_of_the_metrics_with_intervals_around_them(compared, runs):
     tasks = compared.results["tasks"]
-    for task, by_run in compared.results["differences"].items():
-        for run, change in by_run.items():
-            for name in ("ece", "accuracy"):
-                value, low, high = change[name]
-                assert value == pytest.approx(tasks[task][run][name] - tasks[task]["honest"][name], abs=1e-12)
-                assert low <= high
-    assert set(compared.results["differences"]) == {"mmlu", "arc_easy"}
-    assert set(compared.results["differences"]["arc_easy"]) == {"sure"}
+    for task, pairs in compared.results["pairs"].items():
+        for pair in pairs:
+            one, other = tasks[task][pair["run"]], tasks[task][pair["against"]]
+            for name in ("accuracy", "overconfidence", "nll", "brier"):
+                value, low, high = pair[name]
+                assert value == pytest.approx(one[name] - other[name], abs=1e-12)
+                assert low <= value <= high or value == pytest.approx(low) == pytest.approx(high)
+            value, low, high = pair["ece"]
+            # Both are made of draws, and not of the same ones.
+            assert value == pytest.approx(one["ece_corrected"] - other["ece_corrected"], abs=0.01)
+            assert low <= value <= high
     # Sharpening changes no answer, so that a paired difference of accuracies is exactly nothing.
     assert compared.results["differences"]["mmlu"]["sure"]["accuracy"] == [0.0, 0.0, 0.0]
     assert compared.results["differences"]["mmlu"]["sure"]["ece"][1] > 0
+
+
+def test_every_pair_of_runs_is_compared(compared):
+    pairs = {task: [(p["run"], p["against"]) for p in of_task] for task, of_task in compared.results["pairs"].items()}
+    assert pairs == {
+        "mmlu": [("sure", "honest"), ("only_mmlu", "honest"), ("only_mmlu", "sure")],
+        "arc_easy": [("sure", "honest")],
+    }
+    assert set(compared.results["differences"]["mmlu"]) == {"sure", "only_mmlu"}
+    assert set(compared.results["differences"]["arc_easy"]) == {"sure"}
+    html = (compared.folder / "report.html").read_text()
+    for pair in compared.results["pairs"]["mmlu"]:
+        value, low, high = pair["ece"]
+        assert f"{value:+.3f} ({low:+.3f} to {high:+.3f})" in html
+    many = pairs_of([str(i) for i in range(9)])
+    assert many == [("1", "0")] + [(str(i), other) for i in range(2, 9) for other in ("0", str(i - 1))]
+
+
+def test_an_interval_of_a_difference_knows_that_the_questions_are_the_same(tmp_path, undrawn):
+    """Two models whose confidences differ by little, on questions that differ by much."""
+    one, other = (make_run(tmp_path / name, sharpen, n=1000) for name, sharpen in (("a", 2.0), ("b", 2.2)))
+    (pair,) = compare([str(one), str(other)], tmp_path / "o").results["pairs"]["mmlu"]
+    own = json.loads((one / "results.json").read_text())["tasks"]["mmlu"]["overconfidence_interval"]
+    assert pair["overconfidence"][1] > 0
+    assert pair["overconfidence"][2] - pair["overconfidence"][1] < (own[1] - own[0]) / 4
+
+
+def test_letters_have_a_column_and_a_difference_that_are_not_renormalised(tmp_path):
+    """The second model gives the letters half of its probability: renormalised, nothing has changed."""
+    folders = [make_run(tmp_path / name, 1.5) for name in ("all", "half")]
+    for folder, mass in zip(folders, (1.0, 0.5), strict=True):
+        rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        for row in rows:
+            row["logprobs"] = [value + np.log(mass) for value in row["logprobs"]]
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        results = json.loads((folder / "results.json").read_text())
+        raw = metrics.summarize_unnormalised([r["logprobs"] for r in rows], [r["gold"] for r in rows], resamples=20)
+        results["tasks"]["mmlu"] |= raw
+        (folder / "results.json").write_text(json.dumps(results))
+    done = compare([str(f) for f in folders], tmp_path / "o")
+    (pair,) = done.results["pairs"]["mmlu"]
+    assert pair["ece"][0] == pytest.approx(0, abs=0.01)
+    assert pair["overconfidence"] == pytest.approx([0, 0, 0], abs=1e-9)
+    confidence = [np.exp(max(row["logprobs"])) for row in rows]
+    correct = [int(np.argmax(row["logprobs"]) == row["gold"]) for row in rows]
+    by_hand = metrics.expected_calibration_error(confidence, correct)
+    assert done.results["tasks"]["mmlu"]["half"]["ece_unnormalised"] == pytest.approx(by_hand, abs=1e-12)
+    assert pair["ece_unnormalised"][1] > 0.05
+    assert f"{by_hand:.3f}" in (done.folder / "table.md").read_text().splitlines()[3].split(" | ")[-1]
+    assert "mmlu ECE raw" in (done.folder / "table.md").read_text()
+
+
+def responses_run(folder, sharpen, key="k", rows=60):
+    """A run of `responses` alone, whose tokens' truth is in part that of their row."""
+    generator = np.random.default_rng(0)
+    row = np.repeat(np.arange(rows), 25)
+    logits = generator.normal(size=(len(row), 4)) * 1.5 + generator.normal(size=(rows, 4))[row]
+    truth = metrics.log_softmax(logits)
+    labels = (generator.random((len(row), 1)) > np.exp(truth).cumsum(axis=1)).sum(axis=1).clip(max=3)
+    lp = metrics.log_softmax(truth * sharpen)
+    p, y = metrics.top_choice(np.exp(lp), labels)
+    losses = {"nll": metrics.negative_log_likelihoods(lp, labels), "brier": metrics.brier_scores(np.exp(lp), labels)}
+    found = metrics.summarize_top(p, y, resamples=20, clusters=row, losses=losses)
+    results = {"model": folder.name, "tasks": {"responses": {**found, "rows": rows, "key": key}}, "notes": []}
+    results |= {"config": {"bins": 15}, "versions": {"calsmooth": "0"}}
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(results))
+    write_token_predictions(folder / "token_predictions.npz", TokenPredictions(p, y, **losses, row=row))
+    return folder, (p, y), row
+
+
+def test_responses_are_compared_by_row(tmp_path, undrawn):
+    (first, one, row), (second, other, _) = (responses_run(tmp_path / n, s) for n, s in (("a", 1.0), ("b", 1.6)))
+    done = compare([str(first), str(second)], tmp_path / "o").results
+    (pair,) = done["pairs"]["responses"]
+    change = (other[0] - other[1]) - (one[0] - one[1])
+    assert pair["overconfidence"][0] == pytest.approx(change.mean())
+    expected = metrics.bootstrap_interval(np.mean, change, clusters=row)
+    assert pair["overconfidence"][1:] == pytest.approx(expected, abs=1e-12)
+    assert pair["ece"] == list(metrics.infer_ece_difference(one, other, clusters=row))
+    third, *_ = responses_run(tmp_path / "c", 1.0, key="other words")
+    found = compare([str(first), str(third)], tmp_path / "p").results
+    assert found["pairs"] == {}
+    assert "responses: c and a predicted different tokens; no difference is given" in found["notes"]
+    (first / "token_predictions.npz").write_bytes(b"PK")
+    with pytest.raises(CalsmoothError, match=r"token_predictions\.npz: can't be read"):
+        compare([str(first), str(second)], tmp_path / "q")
 
 
 def test_the_tables_hold_the_same_numbers(compared):
@@ -188,13 +278,22 @@ def test_runs_that_were_not_asked_alike_are_pointed_out(runs, tmp_path, undrawn)
 
 def test_cloze_tasks_appear_a_second_time_per_byte(tmp_path, undrawn):
     folders = [make_run(tmp_path / name, sharpen) for name, sharpen in (("a", 1.0), ("b", 2.0))]
-    for folder in folders:
+    for folder, power in zip(folders, (0.5, 0.25), strict=True):
+        rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        for row in rows:
+            row["logprobs_per_byte"] = [value * power for value in row["logprobs"]]
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         results = json.loads((folder / "results.json").read_text())
         results["tasks"]["mmlu"]["per_byte"] = results["tasks"]["mmlu"] | {"ece": 0.5}
         (folder / "results.json").write_text(json.dumps(results))
     found = compare([str(f) for f in folders], tmp_path / "o").results
     assert list(found["tasks"]) == ["mmlu", "mmlu, per byte"]
     assert found["tasks"]["mmlu, per byte"]["a"]["ece"] == 0.5
+    # 2.0 x 0.25 = 1.0 x 0.5: per byte the two say the same, and summed the second is surer.
+    (summed,), (per_byte,) = found["pairs"]["mmlu"], found["pairs"]["mmlu, per byte"]
+    assert summed["overconfidence"][1] > 0
+    assert per_byte["overconfidence"] == pytest.approx([0, 0, 0], abs=1e-9)
+    assert per_byte["nll"] == pytest.approx([0, 0, 0], abs=1e-9)
     write_report(folders[0], results)
     assert "mmlu, per byte" in (folders[0] / "report.html").read_text()
 

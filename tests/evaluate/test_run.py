@@ -17,11 +17,12 @@ from calsmooth.evaluate.config import EvaluateConfig
 from calsmooth.evaluate.questions import Question
 from calsmooth.evaluate.run import run
 from calsmooth.evaluate.tasks import CHOICE_TASKS
-from calsmooth.records import read_predictions
+from calsmooth.records import read_predictions, read_token_predictions
 
 DOCUMENTED = (
     "n accuracy ece rms_ce rms_ce_hendrycks_test mce sce ace brier nll mean_confidence auroc choice_mass "
-    "ece_interval accuracy_interval ece_if_calibrated"
+    "ece_interval accuracy_interval ece_if_calibrated ece_corrected ece_p_value overconfidence overconfidence_interval "
+    "brier_interval nll_interval"
 )
 
 
@@ -92,7 +93,16 @@ def test_the_command_writes_its_files(model_folder, data, tmp_path):
         assert task["nll"] == pytest.approx(again["nll"], abs=1e-12)
         assert task["ece"] == pytest.approx(again["ece"], abs=1e-12)
     assert set(results["tasks"]["mmlu"]["subjects"]) == {"anatomy", "astronomy", "virology"}
+    assert all(0 < s["ece_p_value"] <= 1 for s in results["tasks"]["mmlu"]["subjects"].values())
     assert "subjects" not in results["tasks"]["arc_easy"]
+    for name, task in results["tasks"].items():
+        own = [p for p in predictions if p.task == name]
+        confidence = [np.exp(max(p.logprobs)) for p in own]
+        correct = [np.argmax(p.logprobs) == p.gold for p in own]
+        assert task["ece_unnormalised"] == pytest.approx(metrics.expected_calibration_error(confidence, correct))
+    told = " ".join(done.stdout.split())
+    assert "of 3 subjects differ from calibrated (p <= 0.05); 0.15 would by chance" in told
+    assert "mmlu: the letters' probabilities before they are renormalised have ECE" in told
 
 
 def test_json_is_alone_on_standard_output(model_folder, data, tmp_path):
@@ -248,7 +258,11 @@ def test_only_responses_write_no_predictions(config, tmp_path):
     file.write_text(json.dumps({"instruction": "Name a color.", "output": "The sky is blue."}) + "\n")
     folder = run(config(task=("responses",), dataset=str(file))).folder
     assert not (folder / "predictions.jsonl").exists()
-    assert (folder / "results.json").exists()
+    task = json.loads((folder / "results.json").read_text())["tasks"]["responses"]
+    tokens = read_token_predictions(folder / "token_predictions.npz")
+    assert len(tokens.row) == task["n"]
+    assert metrics.expected_calibration_error(tokens.confidence, tokens.correct) == task["ece"]
+    assert [tokens.nll.mean(), tokens.brier.mean()] == pytest.approx([task["nll"], task["brier"]], abs=1e-12)
 
 
 def test_missing_data_shows_before_the_model_is_loaded(config, monkeypatch, tmp_path):
