@@ -113,7 +113,7 @@ def _recalibrate(
     final = fits[0] if len(parts) == 1 else fitter(*_arrays(fitted_on, width))
 
     interval = temperature_interval(*_arrays(fitted_on, width)) if config.method == "temperature" else None
-    changes = differences(before, after, gold, config.seed)
+    changes = differences(before, after, gold, config.bins, config.seed)
     if interval is not None:
         temperature = final.parameters["temperature"]
         verdict = judge_temperature(temperature, interval, final.note, len(fitted_on), changes["nll"], len(report))
@@ -153,7 +153,7 @@ def _recalibrate(
         for name in names:
             of_task = task == name
             if of_task.sum() >= SMALLEST_PART:
-                of_task_changes = differences(before[of_task], after[of_task], gold[of_task], config.seed)
+                of_task_changes = differences(before[of_task], after[of_task], gold[of_task], config.bins, config.seed)
                 results["tasks"][name]["differences"] = _plain(of_task_changes)
         worse = tasks_made_worse(task, before, after, gold)
         if worse:

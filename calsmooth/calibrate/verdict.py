@@ -7,7 +7,6 @@ than that of uniform probabilities.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from calsmooth.calibrate.interval import LEVEL, TemperatureInterval, student_quantile
 from calsmooth.calibrate.split import SMALLEST_PART
-from calsmooth.metrics import Array
+from calsmooth.metrics import Array, brier_scores, infer_ece_difference, negative_log_likelihoods, top_choice
 
 RESAMPLES = 2000
 BLOCK = 2_000_000
@@ -45,17 +44,6 @@ class Verdict:
 # --- paired differences ----------------------------------------------------------------------------------------------
 
 
-def question_nll(logprobs: Array, gold: Array) -> Array:
-    """(N,) negative log-likelihood of each question, nats, from (N, K) log-probabilities."""
-    return -logprobs[np.arange(len(gold)), gold]
-
-
-def question_brier(logprobs: Array, gold: Array) -> Array:
-    """(N,) Brier score of each question, from 0 to 2, from (N, K) log-probabilities."""
-    p = np.exp(logprobs)
-    return (p**2).sum(axis=1) - 2 * p[np.arange(len(gold)), gold] + 1
-
-
 def paired_difference(before: Array, after: Array, seed: int = 0, level: float = LEVEL) -> Difference:
     """Mean of after - before over questions, with its studentised bootstrap interval over questions (Efron 1979).
 
@@ -80,22 +68,26 @@ def paired_difference(before: Array, after: Array, seed: int = 0, level: float =
     return Difference(mean, mean - float(upper) * error, mean - float(lower) * error)
 
 
-def differences(before: Array, after: Array, gold: Array, seed: int = 0) -> dict[str, Difference]:
-    """After minus before of the metrics that are means over questions, each with its interval.
+def differences(before: Array, after: Array, gold: Array, bins: int = 15, seed: int = 0) -> dict[str, Difference]:
+    """After minus before of NLL, ECE and Brier score, each with its interval.
 
-    before, after: (N, K) log-probabilities over the choices; gold: (N,) right choices.
+    before, after: (N, K) log-probabilities over the choices; gold: (N,) right choices. NLL and Brier score are means
+    over questions. ECE isn't, and is biased; `metrics.infer_ece_difference` takes care of both, so that its value isn't
+    the difference of the two ECEs of the sample.
     """
-    per_question: dict[str, Callable[[Array, Array], Array]] = {"nll": question_nll, "brier": question_brier}
+    p, q = np.exp(before), np.exp(after)
+    nll = negative_log_likelihoods(before, gold), negative_log_likelihoods(after, gold)
     return {
-        name: paired_difference(metric(before, gold), metric(after, gold), seed)
-        for name, metric in per_question.items()
+        "nll": paired_difference(*nll, seed),
+        "ece": Difference(*infer_ece_difference(top_choice(p, gold), top_choice(q, gold), bins, seed=seed)),
+        "brier": paired_difference(brier_scores(p, gold), brier_scores(q, gold), seed),
     }
 
 
 def difference_to_uniform(logprobs: Array, gold: Array, seed: int = 0) -> Difference:
     """Negative log-likelihood minus that of equal probabilities for the choices that each question has."""
     uniform = np.log(np.isfinite(logprobs).sum(axis=1))
-    return paired_difference(uniform, question_nll(logprobs, gold), seed)
+    return paired_difference(uniform, negative_log_likelihoods(logprobs, gold), seed)
 
 
 def tasks_made_worse(task: NDArray[np.str_], before: Array, after: Array, gold: Array) -> list[str]:
@@ -104,7 +96,7 @@ def tasks_made_worse(task: NDArray[np.str_], before: Array, after: Array, gold: 
     A one-sided t-test of each task with at least 10 questions, at 2.5 % shared among all of them (Bonferroni): of many
     tasks some seem worse by chance.
     """
-    change = question_nll(after, gold) - question_nll(before, gold)
+    change = negative_log_likelihoods(after, gold) - negative_log_likelihoods(before, gold)
     names = [name for name in dict.fromkeys(task.tolist()) if (task == name).sum() >= SMALLEST_PART]
     worse = []
     for name in names:

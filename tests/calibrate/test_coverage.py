@@ -11,8 +11,8 @@ import pytest
 from calsmooth.calibrate.binning import fit_isotonic
 from calsmooth.calibrate.interval import temperature_interval
 from calsmooth.calibrate.temperature import HIGHEST, fit_temperature
-from calsmooth.calibrate.verdict import judge_temperature, paired_difference, question_nll
-from calsmooth.metrics import log_softmax
+from calsmooth.calibrate.verdict import judge_temperature, paired_difference
+from calsmooth.metrics import log_softmax, negative_log_likelihoods
 
 pytestmark = pytest.mark.slow
 
@@ -123,10 +123,10 @@ def difference_coverage(draw, n, method="temperature", folds=1, repetitions=REPE
             fold = np.arange(n) % folds
             applied = [fit(logprobs[fold != f], labels[fold != f]) for f in range(folds)]
             parts = [(logprobs[fold == f], labels[fold == f]) for f in range(folds)]
-        before = np.concatenate([question_nll(lp, k) for lp, k in parts])
-        after = np.concatenate([question_nll(a(lp), k) for a, (lp, k) in zip(applied, parts, strict=True)])
-        true = np.mean([np.mean(question_nll(a(population), answers)) for a in applied])
-        true -= np.mean(question_nll(population, answers))
+        before = np.concatenate([negative_log_likelihoods(lp, k) for lp, k in parts])
+        after = np.concatenate([negative_log_likelihoods(a(lp), k) for a, (lp, k) in zip(applied, parts, strict=True)])
+        true = np.mean([np.mean(negative_log_likelihoods(a(population), answers)) for a in applied])
+        true -= np.mean(negative_log_likelihoods(population, answers))
         found = paired_difference(before, after)
         means = (after - before)[generator.integers(0, n, (1000, n))].mean(axis=1)
         low, high = np.quantile(means, [0.025, 0.975])
@@ -167,8 +167,8 @@ def apply_rate(draw, n, folds=1, repetitions=REPETITIONS):
             held_out, answers, fold = logprobs, labels, np.arange(n) % folds
             by_fold = [fit_temperature(logprobs[fold != f], labels[fold != f]).temperature for f in range(folds)]
             temperatures = np.array(by_fold)[fold][:, None]
-        after = question_nll(log_softmax(held_out / temperatures), answers)
-        nll = paired_difference(question_nll(held_out, answers), after)
+        after = negative_log_likelihoods(log_softmax(held_out / temperatures), answers)
+        nll = paired_difference(negative_log_likelihoods(held_out, answers), after)
         applied += judge_temperature(fit.temperature, interval, fit.note, n, nll, n).apply
     return applied / repetitions
 

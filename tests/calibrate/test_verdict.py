@@ -62,6 +62,8 @@ def test_differences_are_those_of_the_metrics():
     assert found["nll"].value == pytest.approx(expected, abs=1e-12)
     expected = metrics.brier_score(np.exp(after), gold) - metrics.brier_score(np.exp(before), gold)
     assert found["brier"].value == pytest.approx(expected, abs=1e-12)
+    sides = [metrics.top_choice(np.exp(lp), gold) for lp in (before, after)]
+    assert found["ece"] == metrics.infer_ece_difference(*sides, 15)
     assert all(d.low < d.value < d.high for d in found.values())
 
 
