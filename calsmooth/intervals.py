@@ -36,7 +36,6 @@ class AbsoluteSum:
     low, high: the interval of theta. `low` is 0 where the test of theta = 0 isn't rejected.
     if_zero: the mean of `observed` over samples with theta = 0.
     p_value: the share of such samples that show as much as `observed`.
-    sums: (draws,) of `observed` around the observed m: what other samples of this size would show.
     """
 
     observed: float
@@ -45,7 +44,6 @@ class AbsoluteSum:
     high: float
     if_zero: float
     p_value: float
-    sums: Array
 
 
 def cluster_sums(values: ArrayLike, clusters: ArrayLike | None = None) -> tuple[Array, Array]:
@@ -138,7 +136,6 @@ def absolute_sum(mean: Array, noise: Array, if_zero: Array | None = None, level:
         high=max(high, low),
         if_zero=float(null.mean()),
         p_value=p,
-        sums=np.abs(mean + noise).sum(axis=1),
     )
 
 
@@ -147,15 +144,16 @@ def p_value(observed: float, null: Array) -> float:
     return float((1 + np.count_nonzero(null >= observed - 1e-12)) / (1 + len(null)))
 
 
-def difference(first: AbsoluteSum, second: AbsoluteSum) -> tuple[float, float, float]:
-    """(estimate, low, high) of theta of the second less theta of the first, whose noise was drawn together.
+def difference(first: AbsoluteSum, second: AbsoluteSum, correlation: float) -> tuple[float, float, float]:
+    """(estimate, low, high) of theta of the second less theta of the first.
+
+    correlation: of the two observed sums over samples (`correlation_of_sums`).
 
     Each one's interval is put together with the other's by the distances of their ends from a centre and the
-    correlation of the two sums (Zou 2007, MOVER), so that what an interval knows about its end at 0 is kept. The centre
-    is the corrected value, and 0 where theta = 0 isn't rejected: there the corrected value is still too large on
-    average, and intervals around it hold the truth less often.
+    correlation (Zou 2007, MOVER), so that what an interval knows about its end at 0 is kept. The centre is the
+    corrected value, and 0 where theta = 0 isn't rejected: there the corrected value is still too large on average, and
+    intervals around it hold the truth less often.
     """
-    correlation = _correlation(first.sums, second.sums)
 
     def reach(of_second: float, of_first: float) -> float:
         return float(np.sqrt(max(of_second**2 + of_first**2 - 2 * correlation * of_second * of_first, 0.0)))
@@ -167,10 +165,13 @@ def difference(first: AbsoluteSum, second: AbsoluteSum) -> tuple[float, float, f
     return estimate, min(low, estimate), max(high, estimate)
 
 
-def _correlation(one: Array, other: Array) -> float:
-    deviations = one - one.mean(), other - other.mean()
-    size = np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum())
-    return float((deviations[0] * deviations[1]).sum() / size) if size > 0 else 0.0
+def correlation_of_sums(mean: Array, noise: Array, size: int) -> float:
+    """Of sum_b |m_b| over the first `size` entries of m, and over the others; 0 where one of them can't vary."""
+    seen = np.abs(mean + noise)
+    sums = seen[:, :size].sum(axis=1), seen[:, size:].sum(axis=1)
+    deviations = sums[0] - sums[0].mean(), sums[1] - sums[1].mean()
+    spread = np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum())
+    return float((deviations[0] * deviations[1]).sum() / spread) if spread > 0 else 0.0
 
 
 def _falling_root(function: Callable[[float], float], low: float, high: float) -> float:

@@ -415,12 +415,10 @@ def infer_ece_difference(
     if len(sums) == 1:
         raise ValueError("one element, or one cluster, has no interval; expected two or more")
     extra = np.concatenate([_extra_variance(p, bins), _extra_variance(q, bins)])
-    mean, noise = intervals.mean_and_noise(sums, counts, extra, seed=seed)
-    both = []
-    for part, confidence in ((slice(0, bins), p), (slice(bins, None), q)):
-        null = None if clusters is not None else calibrated_eces(confidence, bins, 1000, seed)
-        both.append(intervals.absolute_sum(mean[part], noise[:, part], null, level))
-    return intervals.difference(*both)
+    together = intervals.mean_and_noise(sums, counts, extra, seed=seed)
+    one = infer_ece(p, y, bins, level=level, seed=seed, clusters=clusters)
+    other = infer_ece(q, z, bins, level=level, seed=seed, clusters=clusters)
+    return intervals.difference(one, other, intervals.correlation_of_sums(*together, bins))
 
 
 def calibrated_eces(confidence: ArrayLike, bins: int = 15, draws: int = 1000, seed: int = 0) -> Array:

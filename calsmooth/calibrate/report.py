@@ -105,7 +105,11 @@ def write_report(folder: Path, results: Mapping[str, Any], panels: Sequence[Reli
     moments = list(rows(results, most_tasks=-1))
     every = page.table(
         ["", *(label for label, _ in moments)],
-        [[m.words, *(metric_text(summary, m, interval=True) for _, summary in moments)] for m in METRICS],
+        [
+            [m.words, *(metric_text(summary, m, interval=True) for _, summary in moments)]
+            for m in METRICS
+            if any(m.key in summary for _, summary in moments)
+        ],
     )
     settings = yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True)
     levels = [(panel.title, judge(panel).words()) for panel in panels]

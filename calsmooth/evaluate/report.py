@@ -168,7 +168,8 @@ def _metrics(rows: Iterable[tuple[str, Mapping[str, Any]]], first: str, shown: S
 def _transposed(tasks: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """A row a metric: there are more of them than of tasks."""
     rows = [["n", *(f"{summary['n']:,}" for _, summary in tasks)]]
-    rows += [[m.words, *(metric_text(summary, m, interval=True) for _, summary in tasks)] for m in METRICS]
+    measured = [metric for metric in METRICS if any(metric.key in summary for _, summary in tasks)]
+    rows += [[m.words, *(metric_text(summary, m, interval=True) for _, summary in tasks)] for m in measured]
     return page.table(["", *(name for name, _ in tasks)], rows)
 
 
