@@ -1,26 +1,30 @@
-"""The exact loss on any device: a few tokens at a time, gradients made in the same pass.
+"""The loss on any device: a few tokens at a time, gradients made in the same pass.
 
 For each chunk of tokens the logits are made (one product), turned in place into the gradient by the logits, and used
 up at once for both gradients (two products): three products in all, as many as with full logits, and never more than
 `CHUNK_BYTES` of logits. `mode="lean"` is this as well; `mode="filtered"` replaces what it must and saves nothing.
-Without a softcap the smoothing term is rank one and needs no logits at all:
+Without a softcap the smoothing term is rank one and needs no logits at all, s being what each class gets of it:
 
-    sum_v z_v = scale * (E_i . csum + sum bias),  csum = sum_v C_v
-    dE_i -= g_i * scale * (beta / V) * csum
-    dC_v -= scale * (beta / V) * sum_i g_i E_i        the same row for every v
+    sum_v s_v z_v = scale * (E_i . csum + sum_v s_v bias_v),  csum = sum_v s_v C_v
+    dE_i -= g_i * scale * beta * csum
+    dC_v -= scale * beta * s_v * sum_i g_i E_i
 
 Products and sums are float32 (float64 for float64 inputs). Low-precision weights are widened a block of the
-vocabulary at a time; on a GPU the matrix units take them as they are and accumulate in float32.
+vocabulary at a time; on a GPU the matrix units take them as they are and accumulate in float32. With 'none', where
+log-sum-exps are asked for, and in float16, whose gradients would come before the loss scale, the gradients are made in
+the backward instead.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from calsmooth.loss.problem import Problem
+from calsmooth.loss.derivatives import once_differentiable
+from calsmooth.loss.problem import Problem, compute_dtype
+from calsmooth.loss.tail import LEAST_SHARE, MOST_REPLACED, sample_tokens
 
 CHUNK_BYTES = 256 * 2**20
 """Size of one chunk of logits: large enough for the products to run at full speed, small beside a head's gradient."""
@@ -37,188 +41,331 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def linear_cross_entropy(problem: Problem) -> Tensor:
-    """The loss, reduced; float32 or float64. `problem.reduction == 'none'` gives (N,)."""
+def linear_cross_entropy(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """The loss, reduced, or (N,) with `problem.reduction == 'none'`; float32 or float64. And where asked for the (N,)
+    log-sum-exps."""
     p = problem
     # Ignored tokens would cost three products each. Finding them synchronises a GPU, which this path may.
-    kept = (p.targets != p.ignore_index).nonzero().squeeze(1)
-    hidden_states = p.hidden_states
-    if kept.numel() < p.targets.numel():
-        hidden_states = hidden_states[kept]
-    options = _Options(
-        p.label_smoothing,
-        p.softcap,
-        p.scale,
-        p.z_loss,
-        p.reduction,
-        p.filter_eps if p.mode == "filtered" else None,
-        p.head_gradient_dtype,
-        torch.is_grad_enabled(),
-    )
-    kept_mass = torch.ones(len(kept), dtype=torch.float32, device=kept.device)
-    loss = _Loss.apply(hidden_states, p.lm_head_weight, p.bias, p.targets[kept], kept_mass, options)
-    if p.kept_mass is not None:
-        p.kept_mass.fill_(1.0)[kept] = kept_mass
-    if p.reduction == "none" and kept.numel() < p.targets.numel():
-        return torch.zeros(p.targets.numel(), dtype=loss.dtype, device=loss.device).index_put((kept,), loss)
-    return loss
+    has_target = p.has_target()
+    kept = has_target.nonzero().squeeze(1)
+    E = p.hidden_states if len(kept) == len(has_target) else p.hidden_states[kept]
+    tokens = _Tokens.of(p, kept)
+    filters = p.mode == "filtered" and p.class_weights is None and p.target_probabilities is None
+    if filters and not p.return_logsumexp and len(kept) and len(p.lm_head_weight):
+        tokens = _filtered(p, E, tokens, kept)
+    elif p.kept_mass is not None:
+        p.kept_mass.fill_(1.0)
+    loss, logsumexp = _Loss.apply(E, p.lm_head_weight, p.bias, tokens)
+    if len(kept) < len(has_target):
+        nothing = torch.zeros(len(has_target), dtype=logsumexp.dtype, device=E.device)
+        loss = nothing.index_put((kept,), loss) if p.reduction == "none" else loss
+        logsumexp = nothing.index_put((kept,), logsumexp)
+    return loss, logsumexp if p.return_logsumexp else None
 
 
 @dataclass(frozen=True)
-class _Options:
+class _Tokens:
+    """What a walk must know of the tokens that have a target, n of them, in the terms of `calsmooth.loss.problem`."""
+
+    targets: Tensor  # (n, K) int64; 0 where there is none
+    target_weights: Tensor  # (n, K); 0 where there is none
+    masses: Tensor  # (n,)
+    weights: Tensor  # (n,) shares of the result
+    smoothing: Tensor | None  # (V,), None for 1 / V
     beta: float
     softcap: float | None
     scale: float
     z_loss: float
     reduction: str
-    filter_eps: float | None
     head_dtype: torch.dtype
-    grad_enabled: bool
+    in_forward: bool  # whether gradients may be made there
+    tail: "_Tail | None" = None
+
+    @classmethod
+    def of(cls, p: Problem, kept: Tensor) -> "_Tokens":
+        dtype = compute_dtype(p.hidden_states)
+        shape = (len(kept), 1 if p.targets.dim() == 1 else p.targets.shape[1])
+        targets = p.targets[kept].long().view(shape)
+        named = targets != p.ignore_index
+        weights, masses = p.target_weights(), p.masses(p.target_weights())
+        if weights is None:
+            weights = torch.full(p.targets.shape, 1.0 - p.label_smoothing, dtype=dtype, device=targets.device)
+        if masses is None:
+            masses = torch.ones(len(p.targets), dtype=dtype, device=targets.device)
+        made_before_scale = p.hidden_states.dtype == torch.float16
+        return cls(
+            targets=targets.masked_fill(~named, 0),
+            target_weights=weights[kept].view(shape).masked_fill(~named, 0.0),
+            masses=masses[kept],
+            weights=p.weights()[kept],
+            smoothing=p.smoothing(),
+            beta=p.label_smoothing,
+            softcap=p.softcap,
+            scale=p.scale,
+            z_loss=p.z_loss,
+            reduction=p.reduction,
+            head_dtype=p.head_gradient_dtype,
+            in_forward=p.reduction != "none"
+            and torch.is_grad_enabled()
+            and not p.return_logsumexp
+            and not made_before_scale,
+        )
+
+    def rows(self, chunk: slice | Tensor) -> "_Tokens":
+        return replace(
+            self,
+            targets=self.targets[chunk],
+            target_weights=self.target_weights[chunk],
+            masses=self.masses[chunk],
+            weights=self.weights[chunk],
+        )
+
+    def shares(self, V: int) -> Tensor | float:
+        """What each class gets of the smoothed mass."""
+        return 1.0 / V if self.smoothing is None else self.smoothing
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """See `calsmooth.loss.tail`."""
+
+    eps: float
+    sampled: Tensor  # (s,) places among the tokens that have a target
+    stands_for: Tensor  # how many tokens each of them does
+    shape: Tensor  # (V,) q
+
+    def left_out(self, softmax: Tensor, targets: Tensor) -> Tensor:
+        """(n, V) bool of (n, V) probabilities."""
+        return (softmax < self.eps).scatter_(1, targets, False)
+
+    def replacement(self, softmax: Tensor, left_out: Tensor) -> Tensor:
+        """(n, V) d_i q_v."""
+        mass = (softmax * left_out).sum(1, keepdim=True)
+        share = left_out.to(softmax.dtype) @ self.shape.unsqueeze(1)
+        heights = torch.where(share > LEAST_SHARE, mass / share.clamp(min=LEAST_SHARE), 0.0)
+        return heights * self.shape
+
+
+def _filtered(p: Problem, E: Tensor, tokens: _Tokens, kept: Tensor) -> _Tokens:
+    """The tokens with their tail, or as they are where most of the softmax would be replaced; writes the kept mass."""
+    C, bias = p.lm_head_weight.detach().to(E.dtype), None if p.bias is None else p.bias.detach()
+    sampled, stands_for = sample_tokens(p.has_target(), p.targets)
+    places = torch.searchsorted(kept, sampled)
+    dtype = compute_dtype(E)
+    tail = _Tail(p.filter_eps, places, stands_for.to(dtype), torch.zeros(len(C), dtype=dtype, device=E.device))
+    for chunk, z, _ in _logits(E.detach()[places], C, bias, tokens):
+        softmax = z.softmax(1)
+        tail.shape.add_((softmax * tail.left_out(softmax, tokens.targets[places][chunk])).sum(0))
+    tail.shape.div_(tail.shape.sum().clamp(min=torch.finfo(dtype).tiny))
+    mass = torch.empty(len(E), dtype=dtype, device=E.device)
+    for chunk, z, _ in _logits(E.detach(), C, bias, tokens):
+        softmax = z.softmax(1)
+        mass[chunk] = 1.0 - (softmax * tail.left_out(softmax, tokens.targets[chunk])).sum(1)
+    exact = bool((1.0 - mass).mean() > MOST_REPLACED)
+    if p.kept_mass is not None:
+        p.kept_mass.fill_(1.0)
+        if not exact:
+            p.kept_mass[kept] = mass.float()
+    return tokens if exact else replace(tokens, tail=tail)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, E: Tensor, C: Tensor, bias: Tensor | None, y: Tensor, kept_mass: Tensor, options: _Options
-    ) -> Tensor:
-        ctx.save_for_backward(E, C, bias, y)
-        ctx.options = options
+    def forward(ctx: Any, E: Tensor, C: Tensor, bias: Tensor | None, tokens: _Tokens) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(E, C, bias)
+        ctx.set_materialize_grads(False)
+        ctx.tokens = tokens
         ctx.gradients = None
         needed = ctx.needs_input_grad[:3]
-        divisor = max(len(y), 1) if options.reduction == "mean" else 1
-        if options.grad_enabled and any(needed) and options.reduction != "none":
-            weight = torch.full((len(y),), 1.0 / divisor, dtype=compute_dtype(E), device=E.device)
-            losses, *ctx.gradients = _walk(E, C, bias, y, options, weight, needed, kept_mass)
+        if tokens.in_forward and any(needed):
+            losses, logsumexp, *ctx.gradients = _walk(E, C, bias, tokens, tokens.weights, None, needed)
         else:
-            losses, *_ = _walk(E, C, bias, y, options, None, (False, False, False), kept_mass)
-        return losses if options.reduction == "none" else losses.sum() / divisor
+            losses, logsumexp, *_ = _walk(E, C, bias, tokens, None, None, (False, False, False))
+        losses = losses * tokens.weights
+        return losses if tokens.reduction == "none" else losses.sum(), logsumexp
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        E, C, bias, y = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, logsumexp_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None and logsumexp_grad is None:
+            return None, None, None, None
+        E, C, bias = ctx.saved_tensors
+        tokens = ctx.tokens
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             # Per-token gradients arrive only now; or the graph was kept and the gradients went out with the first
             # backward. Both walk the vocabulary again.
-            if ctx.options.reduction == "none":
-                weight = grad.to(compute_dtype(E))
-            else:
-                divisor = max(len(y), 1) if ctx.options.reduction == "mean" else 1
-                weight = (grad / divisor).to(compute_dtype(E)).expand(len(y)).contiguous()
-            _, *gradients = _walk(E, C, bias, y, ctx.options, weight, ctx.needs_input_grad[:3])
-        elif not (grad.device.type == "cpu" and grad.item() == 1.0):
+            grads = torch.zeros_like(tokens.weights) if grad is None else grad * tokens.weights
+            _, _, *gradients = _walk(E, C, bias, tokens, grads, logsumexp_grad, ctx.needs_input_grad[:3])
+        elif grad is not None and not (grad.device.type == "cpu" and grad.item() == 1.0):
             for g in gradients:
                 if g is not None:
                     g.mul_(grad)
-        return (*gradients, None, None, None)
+        return (*gradients, None)
 
 
 def _walk(
-    E: Tensor,  # (N, D)
+    E: Tensor,  # (n, D)
     C: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    y: Tensor,  # (N,)
-    options: _Options,
-    weight: Tensor | None,  # (N,) gradient of the result by each token's loss; None: losses only
+    tokens: _Tokens,
+    grads: Tensor | None,  # (n,) gradient of the result by each token's loss; None: losses only
+    logsumexp_grads: Tensor | None,  # (n,) by each token's log-sum-exp
     needed: tuple[bool, bool, bool],
-    kept_mass: Tensor | None = None,  # (N,), written where filtered
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(N,) losses and the gradients of sum_i weight_i * loss_i by E, C and bias, where needed."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(n,) losses, (n,) log-sum-exps and the gradients by E, C and bias, where needed."""
     C = C.to(E.dtype)
-    N, V, dtype = len(E), len(C), compute_dtype(E)
-    beta, scale, softcap = options.beta, options.scale, options.softcap
+    n, V, dtype = len(E), len(C), compute_dtype(E)
+    beta, scale, softcap, tail = tokens.beta, tokens.scale, tokens.softcap, tokens.tail
     need_E, need_C, need_bias = needed
-    losses = torch.empty(N, dtype=dtype, device=E.device)
+    losses, logsumexp = (torch.empty(n, dtype=dtype, device=E.device) for _ in range(2))
     dE = torch.empty_like(E) if need_E else None
     dbias = torch.zeros(V, dtype=dtype, device=E.device) if need_bias else None
     rank_one = beta > 0 and softcap is None
-    csum = _column_sum(C) if rank_one else None
-    bias_sum = bias.sum(dtype=dtype) if bias is not None and rank_one else 0.0
+    shares = tokens.shares(V) if V else 0.0
+    head_mean = _weighted_rows(C, tokens.smoothing) if rank_one else None
+    bias_mean = 0.0 if bias is None or not rank_one else _weighted_sum(bias.to(dtype), shares)
 
-    rows = max(1, CHUNK_BYTES // (V * dtype.itemsize * (1 if softcap is None else 2)))
     # A sum over several chunks must not be rounded to low precision after each.
-    dC_sum = (
-        torch.empty(V, C.shape[1], dtype=options.head_dtype if rows >= N else dtype, device=C.device)
-        if need_C
-        else None
-    )
-    if dC_sum is not None:
-        if rank_one and weight is not None:
-            dC_sum[:] = (-scale * beta / V) * (weight @ E.to(dtype))
-        else:
-            dC_sum.zero_()
+    several = _chunk_rows(V, dtype, tokens) < n
+    dC_sum = None
+    if need_C:
+        dC_sum = torch.zeros(C.shape, dtype=dtype if several else tokens.head_dtype, device=C.device)
+    if dC_sum is not None and rank_one and grads is not None:
+        mean = (grads @ E.to(dtype)) * (-scale * beta)
+        dC_sum += mean / V if tokens.smoothing is None else torch.outer(tokens.smoothing, mean)
 
-    buffer = torch.empty(min(rows, N), V, dtype=dtype, device=E.device)
-    for start in range(0, N, rows):
-        chunk = slice(start, min(start + rows, N))
-        e, t = E[chunk], y[chunk].long().unsqueeze(1)
-        z = slope = buffer[: len(e)]
-        for block, c in blocks(C, dtype):
-            matmul(e, c.T, out=z[:, block])
-        if bias is not None:
-            z += bias
-        if scale != 1.0:
-            z *= scale
-        if softcap is not None:
-            z.div_(softcap).tanh_()
-            slope = 1.0 - z * z
-            z *= softcap
-
-        z_target = z.gather(1, t).squeeze(1)
-        if csum is not None:
-            z_mean = (e.to(dtype) @ csum + bias_sum) * (scale / V)
+    for chunk, z, slope in _logits(E, C, bias, tokens):
+        e, t, token = E[chunk], tokens.targets[chunk], tokens.rows(chunk)
+        z_target = z.gather(1, t)
+        if head_mean is not None:
+            z_mean = (e.to(dtype) @ head_mean + bias_mean) * scale
         else:
-            z_mean = z.mean(1) if beta > 0 else torch.zeros_like(z_target)
+            z_mean = _weighted_sum(z, shares) if beta > 0 else torch.zeros_like(z_target[:, 0])
         z_max, z_sum = _exponentiate(z)
         lse = z_max + z_sum.log()
-        losses[chunk] = lse - (1.0 - beta) * z_target - beta * z_mean + options.z_loss * lse * lse
-
-        # z holds exp(z - max) from here on.
-        dropped = None
-        if options.filter_eps is not None:
-            dropped = z < (options.filter_eps * z_sum).unsqueeze(1)
-            dropped.scatter_(1, t, False)
-            dropped_sum = (z * dropped).sum(1)
-            if kept_mass is not None:
-                kept_mass[chunk] = 1.0 - dropped_sum / z_sum
-        if weight is None:
+        logsumexp[chunk] = lse
+        at_targets = torch.where(token.target_weights == 0, 0.0, token.target_weights * z_target).sum(1)
+        losses[chunk] = token.masses * lse - at_targets - beta * z_mean + tokens.z_loss * lse * lse
+        if grads is None:
             continue
 
-        # Scale it to weight * softmax and take the target's share off.
-        w = weight[chunk].unsqueeze(1)
-        if dropped is not None:
-            # What is dropped still pushes its entries down, all alike.
-            torch.where(dropped, (dropped_sum / dropped.sum(1).clamp(min=1)).unsqueeze(1), z, out=z)
-        z *= w * ((1.0 + 2.0 * options.z_loss * lse) / z_sum).unsqueeze(1)
-        z.scatter_add_(1, t, -(1.0 - beta) * w)
-        if softcap is not None:
-            if dropped is not None:
-                # As the sparse implementation does: the softcap's slope is 1 where the softmax was dropped.
-                slope.masked_fill_(dropped, 1.0)
-            z.sub_(w * (beta / V)).mul_(slope)
+        # z holds exp(z - max) from here on: softmax, then the gradient by the logits.
+        g = grads[chunk].unsqueeze(1)
+        z /= z_sum.unsqueeze(1)
+        if tail is not None:
+            left_out = tail.left_out(z, t)
+            torch.where(left_out, tail.replacement(z, left_out), z, out=z)
+            if slope is not None:
+                slope.masked_fill_(left_out, 1.0)
+        softmax_weights = g * (token.masses + 2.0 * tokens.z_loss * lse).unsqueeze(1)
+        if logsumexp_grads is not None:
+            softmax_weights = softmax_weights + logsumexp_grads[chunk].unsqueeze(1)
+        z *= softmax_weights
+        _subtract_at(z, t, g * token.target_weights)
+        if slope is not None:
+            z.sub_(g * beta * shares).mul_(slope)
         if dbias is not None:
             dbias += z.sum(0)
         scaled_e = e if scale == 1.0 else e * scale
-        de = w * (-scale * beta / V) * csum if csum is not None else torch.zeros(1, 1, dtype=dtype, device=E.device)
-        de = de.expand(len(e), E.shape[1]).clone()
+        de = torch.zeros(len(e), E.shape[1], dtype=dtype, device=E.device)
+        if head_mean is not None:
+            de -= g * (scale * beta) * head_mean
         for block, c in blocks(C, dtype):
-            g = z[:, block].to(c.dtype)
+            gradient = z[:, block].to(c.dtype)
             if need_E:
-                de.add_(matmul(g, c), alpha=scale)
+                de.add_(matmul(gradient, c), alpha=scale)
             if dC_sum is not None:
-                _accumulate(dC_sum[block], g.T, scaled_e.to(g.dtype))
+                _accumulate(dC_sum[block], gradient.T, scaled_e.to(gradient.dtype))
         if dE is not None:
             dE[chunk] = de
+    if grads is not None and tail is not None and (dC_sum is not None or dbias is not None):
+        _add_corrections(dC_sum, dbias, E, C, bias, tokens, tail, grads)
     if dbias is not None:
-        if rank_one and weight is not None:
-            dbias -= beta / V * weight.sum()
+        if rank_one and grads is not None:
+            dbias -= beta * grads.sum() * shares
         dbias = (dbias * scale).to(C.dtype if bias is None else bias.dtype)
-    return losses, dE, None if dC_sum is None else dC_sum.to(options.head_dtype), dbias
+    return losses, logsumexp, dE, None if dC_sum is None else dC_sum.to(tokens.head_dtype), dbias
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _add_corrections(
+    dC_sum: Tensor | None,
+    dbias: Tensor | None,
+    E: Tensor,
+    C: Tensor,
+    bias: Tensor | None,
+    tokens: _Tokens,
+    tail: _Tail,
+    grads: Tensor,
+) -> None:
+    """Exact less replaced gradient of the sampled tokens, times how many tokens each stands for."""
+    own, e, g = tokens.rows(tail.sampled), E[tail.sampled], grads[tail.sampled]
+    for chunk, z, slope in _logits(e, C, bias, tokens):
+        lse = z.logsumexp(1, keepdim=True)
+        softmax = (z - lse).exp()
+        left_out = tail.left_out(softmax, own.targets[chunk])
+        smoothing = tokens.beta * tokens.shares(len(C))
+        weight = 1.0 + 2.0 * tokens.z_loss * lse
+        exact, replaced = weight * softmax, weight * tail.replacement(softmax, left_out)
+        if slope is not None:
+            exact, replaced = (exact - smoothing) * slope, replaced - smoothing
+        correction = torch.where(left_out, exact - replaced, 0.0) * (g[chunk] * tail.stands_for).unsqueeze(1)
+        if dC_sum is not None:
+            _accumulate(dC_sum, correction.T, e[chunk].to(correction.dtype) * tokens.scale)
+        if dbias is not None:
+            dbias += correction.sum(0)
+
+
+def _chunk_rows(V: int, dtype: torch.dtype, tokens: _Tokens) -> int:
+    return max(1, CHUNK_BYTES // (max(V, 1) * dtype.itemsize * (1 if tokens.softcap is None else 2)))
+
+
+def _logits(
+    E: Tensor, C: Tensor, bias: Tensor | None, tokens: _Tokens
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Some tokens at a time: their logits, which may be written to, and with a softcap its slope at each."""
+    n, V, dtype = len(E), len(C), compute_dtype(E)
+    rows = _chunk_rows(V, dtype, tokens)
+    buffer = torch.empty(min(rows, n), V, dtype=dtype, device=E.device)
+    for start in range(0, n, rows):
+        chunk = slice(start, min(start + rows, n))
+        z = buffer[: chunk.stop - start]
+        for block, c in blocks(C, dtype):
+            matmul(E[chunk], c.T, out=z[:, block])
+        if bias is not None:
+            z += bias
+        if tokens.scale != 1.0:
+            z *= tokens.scale
+        slope = None
+        if tokens.softcap is not None:
+            z.div_(tokens.softcap).tanh_()
+            slope = 1.0 - z * z
+            z *= tokens.softcap
+        yield chunk, z, slope
+
+
+def _subtract_at(z: Tensor, targets: Tensor, weights: Tensor) -> None:
+    """z[i, targets[i, k]] -= weights[i, k]; index_put_, since scatter_add_ isn't deterministic on a GPU."""
+    rows = torch.arange(len(z), dtype=torch.int64, device=z.device).unsqueeze(1).expand_as(targets)
+    z.index_put_((rows, targets), -weights, accumulate=True)
+
+
+def _weighted_sum(x: Tensor, shares: Tensor | float) -> Tensor:
+    """(...) of (..., V): sum_v share_v x_v; what has no share adds nothing, -inf included."""
+    if isinstance(shares, float):
+        return x.sum(-1) * shares
+    return torch.where(shares > 0, shares * x, 0.0).sum(-1)
+
+
+def _weighted_rows(C: Tensor, shares: Tensor | None) -> Tensor:
+    """(D,) sum_v share_v C_v in the compute dtype."""
+    dtype = compute_dtype(C)
+    if shares is None:
+        return C.sum(0, dtype=dtype) / max(len(C), 1)
+    total = torch.zeros(C.shape[1], dtype=dtype, device=C.device)
+    for block, c in blocks(C, dtype):
+        total += shares[block] @ c.to(dtype)
+    return total
 
 
 def _exponentiate(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,18 +381,13 @@ def _exponentiate(z: Tensor) -> tuple[Tensor, Tensor]:
     return z_max, z_sum
 
 
-def _column_sum(C: Tensor) -> Tensor:
-    """(D,) sum over the vocabulary, in the compute dtype."""
-    return C.sum(0, dtype=compute_dtype(C))
-
-
 def blocks(C: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of head rows in a dtype that this device multiplies well: the whole head unless it must be widened."""
     V, D = C.shape
     if C.dtype == dtype or C.is_cuda:
         yield slice(0, V), C
         return
-    rows = max(1, WIDEN_BYTES // (D * dtype.itemsize))
+    rows = max(1, WIDEN_BYTES // (max(D, 1) * dtype.itemsize))
     for start in range(0, V, rows):
         block = slice(start, min(start + rows, V))
         yield block, C[block].to(dtype)

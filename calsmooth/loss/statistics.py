@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from calsmooth.loss import fused
-from calsmooth.loss.chunked import CHUNK_BYTES, blocks, compute_dtype, matmul
+from calsmooth.loss.chunked import CHUNK_BYTES, blocks, matmul
 from calsmooth.loss.functional import prepare
-from calsmooth.loss.problem import Problem
+from calsmooth.loss.problem import Problem, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class TokenStatistics:
     """All shaped like the targets, in nats, without gradients; float32 (float64 for float64 inputs)."""
 
     logsumexp: Tensor
-    target_logprob: Tensor  # log-probability of the target, NaN where ignored
+    target_logprob: Tensor  # log-probability of the target, at most 0; NaN where ignored or outside the vocabulary
     top_token: Tensor  # int64, the most probable token (the lowest index among equals)
-    top_logprob: Tensor  # its log-probability: exp() is the model's confidence
+    top_logprob: Tensor  # its log-probability, at most 0: exp() is the model's confidence
     entropy: Tensor  # of the predicted distribution
 
 
@@ -48,8 +48,10 @@ def token_statistics(
         logsumexp, z_target, top_token, top_logprob, entropy = (
             _fused(problem) if fused.why_not(problem) is None else _chunked(problem)
         )
-    ignored = problem.targets == problem.ignore_index
-    target_logprob = (z_target - logsumexp).masked_fill(ignored, float("nan"))
+    targets, V = problem.targets, len(problem.lm_head_weight)
+    # The target's logit comes from a sum of its own: where it is the top one, it is as probable as that.
+    target_logprob = torch.where(top_token == targets, top_logprob, torch.minimum(z_target - logsumexp, top_logprob))
+    target_logprob = target_logprob.masked_fill((targets < 0) | (targets >= V), float("nan"))
     return TokenStatistics(
         logsumexp.view(shape),
         target_logprob.view(shape),
@@ -60,14 +62,15 @@ def token_statistics(
 
 
 def _fused(p: Problem) -> tuple[Tensor, ...]:
-    from calsmooth.loss.kernels.rows import target_logits
-    from calsmooth.loss.kernels.tiles import Operands, Semantics
+    from calsmooth.loss.kernels.targets import marked_targets, target_logits
+    from calsmooth.loss.kernels.tiles import Operands, Semantics, device_of
     from calsmooth.loss.kernels.walk import walk
 
     E, C = p.hidden_states.contiguous(), p.lm_head_weight.contiguous()
     operands = Operands.make(E, C, p.bias, Semantics(0.0, p.softcap, p.scale, 0.0), storing=False)
-    targets = fused.marked_targets(p.targets, p.ignore_index)
-    walked = walk(operands, targets, target_logits(operands, targets), statistics=True)
+    with device_of(E):
+        targets = marked_targets(p.targets, p.ignore_index, len(C))
+        walked = walk(operands, targets, target_logits(operands, targets), statistics=True)
     found = walked.statistics
     assert found is not None
     return walked.logsumexp, walked.target_logits, found.top_token, found.top_logprob, found.entropy
@@ -98,5 +101,6 @@ def _chunked(p: Problem) -> tuple[Tensor, ...]:
         total = exponentials.sum(1)
         lse[chunk] = top + total.log()
         top_logprob[chunk] = -total.log()
-        entropy[chunk] = total.log() - exponentials.mul_(z).sum(1) / total
+        # exp(z) z is 0, not NaN, where z is -inf.
+        entropy[chunk] = total.log() - exponentials.mul_(z.clamp_(min=torch.finfo(dtype).min)).sum(1) / total
     return lse, z_target, top_token, top_logprob, entropy

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from calsmooth.errors import UsageError
 from calsmooth.loss import chunked, fused
+from calsmooth.loss.derivatives import once_differentiable
 from calsmooth.loss.functional import prepare
-from calsmooth.loss.problem import Problem
+from calsmooth.loss.problem import Problem, compute_dtype
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -31,20 +32,25 @@ def vocab_parallel_linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     bias_shard: Tensor | None = None,  # (V_local,)
     label_smoothing: float = 0.0,
+    smoothing_prior_shard: Tensor | None = None,  # (V_local,)
+    token_weights: Tensor | None = None,  # (...), the same on every process
     ignore_index: int = -100,
     reduction: Literal["mean", "sum", "none"] = "mean",
+    divisor: float | Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
     z_loss: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
 ) -> Tensor:
     """`linear_cross_entropy` over a vocabulary that is sharded by rows over a process group; exact.
 
     Args:
-        first: index in the whole vocabulary of this shard's first row. Shards may differ in size; together they must
-            cover the vocabulary once.
+        first: index in the whole vocabulary of this shard's first row. Shards may differ in size, and be empty;
+        together
+            they must cover the vocabulary once.
         vocabulary: number of rows of the whole head.
         group: the process group; the default one if None.
+        smoothing_prior_shard: this shard's part of the smoothing prior; its parts together sum to 1.
 
     Other arguments as in `linear_cross_entropy`.
 
@@ -64,8 +70,11 @@ def vocab_parallel_linear_cross_entropy(
         targets,
         bias=bias_shard,
         label_smoothing=label_smoothing,
+        smoothing_prior=smoothing_prior_shard,
+        token_weights=token_weights,
         ignore_index=ignore_index,
         reduction=reduction,
+        divisor=divisor,
         softcap=softcap,
         scale=scale,
         z_loss=z_loss,
@@ -75,11 +84,8 @@ def vocab_parallel_linear_cross_entropy(
     p = problem
     shard = _Shard(p, first, vocabulary, group)
     with torch.autocast(hidden_states.device.type, enabled=False):
-        losses = _Loss.apply(p.hidden_states, p.lm_head_weight, p.bias, p.targets, shard)
-        if reduction == "none":
-            return losses.view(shape)
-        kept = (p.targets != ignore_index).sum().clamp(min=1)
-        return losses.sum() / (kept if reduction == "mean" else 1)
+        losses = _Loss.apply(p.hidden_states, p.lm_head_weight, p.bias, p.targets, shard) * p.weights()
+        return losses.view(shape) if reduction == "none" else losses.sum()
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,16 @@ class _Shard:
     first: int
     vocabulary: int
     group: dist.ProcessGroup | None
+
+    @property
+    def takes_kernels(self) -> bool:
+        return len(self.problem.lm_head_weight) > 0 and fused.why_not(self.problem) is None
+
+    @property
+    def mean_weight(self) -> float:
+        """What the smoothing term weighs a logit by, with a prior times the logit's share in it."""
+        beta = self.problem.label_smoothing
+        return beta / self.vocabulary if self.problem.smoothing_prior is None else beta
 
     def local_targets(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each target is one of this shard's rows, and which (0 where it isn't)."""
@@ -100,29 +116,33 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, E: Tensor, C: Tensor, bias: Tensor | None, y: Tensor, shard: _Shard) -> Tensor:
         p = shard.problem
-        parts = _fused_parts if fused.why_not(p) is None else _chunked_parts
+        parts = _fused_parts if shard.takes_kernels else _chunked_parts
         top, total, z_target, z_sum = parts(E, C, bias, y, shard)
 
         top_of_all = top.clone()
         dist.all_reduce(top_of_all, dist.ReduceOp.MAX, group=shard.group)
-        sums = torch.stack([total * (top - top_of_all).exp(), z_target, z_sum])
+        # A shard without rows, or with none that can be, has no part: its top is -inf, and so may be all of them.
+        sums = torch.stack([torch.where(total > 0, total * (top - top_of_all).exp(), 0.0), z_target, z_sum])
         dist.all_reduce(sums, group=shard.group)
         total, z_target, z_sum = sums
         lse = top_of_all + total.log()
 
         beta = p.label_smoothing
-        losses = lse - (1.0 - beta) * z_target - beta / shard.vocabulary * z_sum + p.z_loss * lse * lse
+        losses = lse - (1.0 - beta) * z_target + p.z_loss * lse * lse
+        if beta > 0:  # else a logit of -inf would count for 0 times that
+            losses -= shard.mean_weight * z_sum
         ctx.save_for_backward(E, C, bias, y, lse)
         ctx.shard = shard
+        losses = losses.masked_fill((y < 0) | (y >= shard.vocabulary), float("nan"))
         return losses.masked_fill(y == p.ignore_index, 0.0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         E, C, bias, y, lse = ctx.saved_tensors
         shard, needed = ctx.shard, ctx.needs_input_grad[:3]
         weights = grad.to(lse.dtype).masked_fill(y == shard.problem.ignore_index, 0.0)
-        gradients = _fused_gradients if fused.why_not(shard.problem) is None else _chunked_gradients
+        gradients = _fused_gradients if shard.takes_kernels else _chunked_gradients
         dE, dC, dbias = gradients(E, C, bias, y, lse, weights, shard, needed)
         if dE is not None:
             dist.all_reduce(dE, group=shard.group)
@@ -131,17 +151,20 @@ class _Loss(torch.autograd.Function):
 
 
 def _fused_parts(E: Tensor, C: Tensor, bias: Tensor | None, y: Tensor, shard: _Shard) -> tuple[Tensor, ...]:
-    from calsmooth.loss.kernels.rows import target_logits
+    from calsmooth.loss.kernels.targets import target_logits
+    from calsmooth.loss.kernels.tiles import device_of
     from calsmooth.loss.kernels.walk import maxima_and_sums
 
     operands = _operands(E, C, bias, shard, storing=False)
     mine, local = shard.local_targets(y)
     smooth = shard.problem.label_smoothing > 0
-    maxima, sums, logit_sums, *_ = maxima_and_sums(operands, logit_sum=smooth)
+    with device_of(E):
+        maxima, sums, logit_sums, *_ = maxima_and_sums(operands, logit_sum=smooth)
+        z_target = target_logits(operands, torch.where(mine, local, -1).int())
     top = maxima.amax(0)
     total = (sums * (maxima - top).exp()).sum(0)
     z_sum = torch.zeros_like(top) if logit_sums is None else logit_sums.sum(0)
-    return top, total, target_logits(operands, torch.where(mine, local, -1).int()), z_sum
+    return top, total, z_target, z_sum
 
 
 def _fused_gradients(
@@ -156,13 +179,16 @@ def _fused_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     from calsmooth.loss.kernels.gradient import gradients
     from calsmooth.loss.kernels.lean import WIDE_BYTES
+    from calsmooth.loss.kernels.targets import ELSEWHERE
+    from calsmooth.loss.kernels.tiles import device_of
 
     mine, local = shard.local_targets(y)
-    elsewhere = torch.where(y == shard.problem.ignore_index, -1, 2**30)  # no column of this shard
-    targets = torch.where(mine, local, elsewhere).int()
-    return gradients(
-        _operands(E, C, bias, shard, storing=True), targets, lse, weights, C.dtype, needed, WIDE_BYTES, torch.float32
-    )
+    known = (y >= 0) & (y < shard.vocabulary) & (y != shard.problem.ignore_index)
+    targets = torch.where(mine, local, torch.where(known, ELSEWHERE, -1)).int()
+    weights = torch.where(known, weights, 0.0)
+    operands = _operands(E, C, bias, shard, storing=True)
+    with device_of(E):
+        return gradients(operands, targets, lse, weights, C.dtype, needed, WIDE_BYTES, torch.float32)
 
 
 def _operands(E: Tensor, C: Tensor, bias: Tensor | None, shard: _Shard, *, storing: bool) -> Any:
@@ -170,18 +196,26 @@ def _operands(E: Tensor, C: Tensor, bias: Tensor | None, shard: _Shard, *, stori
 
     p = shard.problem
     semantics = Semantics(p.label_smoothing, p.softcap, p.scale, p.z_loss, shard.vocabulary)
-    return Operands.make(E.contiguous(), C.contiguous(), bias, semantics, storing=storing)
+    prior = p.smoothing_prior
+    return Operands.make(E.contiguous(), C.contiguous(), bias, semantics, storing=storing, prior=prior)
 
 
 def _chunked_parts(E: Tensor, C: Tensor, bias: Tensor | None, y: Tensor, shard: _Shard) -> tuple[Tensor, ...]:
-    dtype = chunked.compute_dtype(E)
+    dtype = compute_dtype(E)
     top, total, z_target, z_sum = (torch.empty(len(E), dtype=dtype, device=E.device) for _ in range(4))
     mine, local = shard.local_targets(y)
     for chunk, z in _logits(E, C, bias, shard):
-        z_target[chunk] = z.gather(1, local[chunk].unsqueeze(1)).squeeze(1).masked_fill(~mine[chunk], 0.0)
-        z_sum[chunk] = z.sum(1)
+        z_target[chunk] = 0.0
+        if z.shape[1]:
+            z_target[chunk] = z.gather(1, local[chunk].unsqueeze(1)).squeeze(1).masked_fill(~mine[chunk], 0.0)
+        prior = shard.problem.smoothing_prior
+        z_sum[chunk] = z.sum(1) if prior is None else torch.where(prior > 0, z * prior, 0.0).sum(1)
+        if z.shape[1] == 0:
+            top[chunk], total[chunk] = float("-inf"), 0.0
+            continue
         top[chunk] = z.amax(1)
-        total[chunk] = z.sub_(top[chunk].unsqueeze(1)).exp_().sum(1)
+        finite = top[chunk].clamp(min=torch.finfo(dtype).min)  # -inf less -inf isn't a number
+        total[chunk] = z.sub_(finite.unsqueeze(1)).exp_().sum(1)
     return top, total, z_target, z_sum
 
 
@@ -197,6 +231,8 @@ def _chunked_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     p, dtype = shard.problem, lse.dtype
     beta, softcap = p.label_smoothing, p.softcap
+    known = (y >= 0) & (y < shard.vocabulary)
+    weights = torch.where(known, weights, 0.0)
     dE, dC = (
         torch.zeros(t.shape, dtype=dtype, device=E.device) if n else None
         for t, n in zip((E, C), needed[:2], strict=False)
@@ -207,8 +243,10 @@ def _chunked_gradients(
         w = weights[chunk].unsqueeze(1)
         slope = p.scale if softcap is None else p.scale * (1.0 - (z / softcap) ** 2)
         g = (z - lse[chunk].unsqueeze(1)).exp_().mul_(w * (1.0 + 2.0 * p.z_loss * lse[chunk].unsqueeze(1)))
-        g.scatter_add_(1, local[chunk].unsqueeze(1), -(1.0 - beta) * w * mine[chunk].unsqueeze(1))
-        g.sub_(w * (beta / shard.vocabulary)).mul_(slope)
+        if g.shape[1]:
+            g.scatter_add_(1, local[chunk].unsqueeze(1), -(1.0 - beta) * w * mine[chunk].unsqueeze(1))
+        shares = 1.0 if p.smoothing_prior is None else p.smoothing_prior
+        g.sub_(w * shard.mean_weight * shares).mul_(slope)
         g.masked_fill_(w == 0.0, 0.0)
         if dE is not None:
             dE[chunk] = g @ C.to(dtype)
@@ -221,7 +259,7 @@ def _chunked_gradients(
 
 def _logits(E: Tensor, C: Tensor, bias: Tensor | None, shard: _Shard) -> Iterator[tuple[slice, Tensor]]:
     """This shard's logits, some tokens at a time."""
-    p, dtype = shard.problem, chunked.compute_dtype(E)
+    p, dtype = shard.problem, compute_dtype(E)
     rows = max(1, chunked.CHUNK_BYTES // (2 * max(len(C), 1) * dtype.itemsize))
     for start in range(0, len(E), rows):
         chunk = slice(start, start + rows)

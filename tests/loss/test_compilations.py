@@ -30,8 +30,8 @@ Kinds = dict[tuple[str, str], set[str]]
 
 @pytest.fixture
 def kinds(monkeypatch: pytest.MonkeyPatch) -> Kinds:
-    """Of every integer that a kernel is given. Triton compiles anew for those that are 1, that divide by 16, and that
-    do neither, unless it is told not to."""
+    """Of every integer and tensor that a kernel gets. Triton compiles anew for those that are 1, that divide by 16,
+    and that do neither, unless it is told not to; and for pointers that are aligned to 16 bytes or aren't."""
     seen: Kinds = {}
     launch = interpreter.GridExecutor.__call__
 
@@ -42,6 +42,9 @@ def kinds(monkeypatch: pytest.MonkeyPatch) -> Kinds:
             if isinstance(value, int) and name not in (*self.constexprs, *VARYING):
                 kind = "1" if value == 1 else "16 divides it" if value % 16 == 0 else "other"
                 seen.setdefault((self.fn.__name__, name), set()).add(kind)
+            if isinstance(value, torch.Tensor):
+                aligned = value.data_ptr() % 16 == 0
+                seen.setdefault((self.fn.__name__, name), set()).add("aligned" if aligned else "not aligned")
         return launch(self, *arguments, **named)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", watched)
@@ -58,7 +61,8 @@ def run(N: int) -> None:
     for softcap in (None, 2.0):
         for mode in ("exact", "lean", "filtered"):
             problem, _ = prepare(E, C, y, mode=mode, label_smoothing=0.1, softcap=softcap)
-            fused.linear_cross_entropy(problem).backward()
+            loss, _ = fused.linear_cross_entropy(problem)
+            loss.backward()
     fused_statistics(problem)
 
 

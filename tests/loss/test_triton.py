@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from calsmooth.loss import chunked, fused, linear_cross_entropy_reference, token_statistics, tuning
+from calsmooth.loss import chunked, fused, linear_cross_entropy_reference, tail, token_statistics, tuning
 from calsmooth.loss.functional import prepare
 from calsmooth.loss.kernels import configurations, exact, filtered, lean, listing, tiles, whole
 from calsmooth.loss.kernels.configurations import Configuration
@@ -55,7 +55,8 @@ def make_far(N: int, V: int, D: int) -> list[Tensor]:
 def by_kernels(E: Tensor, C: Tensor, y: Tensor, **options: Any) -> Tensor:
     """`linear_cross_entropy` through its door, whatever the door says of CPU tensors."""
     problem, shape = prepare(E, C, y, **options)
-    loss = fused.linear_cross_entropy(problem)
+    loss, logsumexp = fused.linear_cross_entropy(problem)
+    assert (logsumexp is None) == (not options.get("return_logsumexp"))
     return loss.view(shape) if options.get("reduction") == "none" else loss
 
 
@@ -89,19 +90,149 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("calsmooth.loss.kernels.gradient.MIN_WIDTH", 1)
 
 
+def weights(size: int, seed: int) -> Tensor:
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) + 0.1
+
+
+def prior(V: int) -> Tensor:
+    """Uneven, with a class that gets nothing."""
+    shares = weights(V, 1) ** 3
+    shares[0] = 0.0
+    return shares / shares.sum()
+
+
+def several_targets(y: Tensor, V: int, K: int = 3) -> dict[str, Tensor]:
+    """(N, K) targets, some of them none, ignored where y is; and their probabilities."""
+    g = torch.Generator().manual_seed(2)
+    targets = torch.randint(0, V, (len(y), K), generator=g)
+    targets[0, 1:] = -100
+    targets[y == -100] = -100
+    return {"y": targets, "target_probabilities": torch.rand(len(y), K, generator=g)}
+
+
+N, V = SHAPES[0][:2]
 OPTIONS: list[dict[str, Any]] = [
     dict(label_smoothing=0.1),
     dict(reduction="sum", scale=0.5),
     dict(reduction="none", label_smoothing=0.3),
     dict(label_smoothing=0.1, softcap=2.0, scale=0.7),
     dict(label_smoothing=0.1, z_loss=1e-2),
+    dict(label_smoothing=0.1, smoothing_prior=prior(V), scale=0.7),
+    dict(label_smoothing=0.1, smoothing_prior=prior(V), softcap=2.0, z_loss=1e-2),
+    dict(label_smoothing=0.1, token_weights=weights(N, 3)),
+    dict(label_smoothing=0.1, token_weights=weights(N, 3), reduction="sum", divisor=torch.tensor(7.0)),
+    dict(label_smoothing=0.1, class_weights=weights(V, 4), z_loss=1e-2),
+    dict(label_smoothing=0.1, class_weights=weights(V, 4), smoothing_prior=prior(V), softcap=2.0),
+    dict(label_smoothing=0.1, several=True, z_loss=1e-2, reduction="none", token_weights=weights(N, 3)),
+    dict(label_smoothing=0.1, several=True, softcap=2.0, class_weights=weights(V, 4), smoothing_prior=prior(V)),
 ]
 
 
+def named(options: dict[str, Any]) -> str:
+    return " ".join(k if isinstance(v, Tensor) else f"{k}={v}" for k, v in options.items())
+
+
 @pytest.mark.parametrize("mode", ["exact", "lean"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=named)
 def test_equals_the_definition(mode: str, options: dict[str, Any]) -> None:
-    assert_equals_reference(*make(*SHAPES[0]), mode=mode, **options)
+    E, C, y = make(*SHAPES[0])
+    options = dict(options)
+    if options.pop("several", False):
+        extra = several_targets(y, len(C))
+        y = extra.pop("y")
+        options |= extra
+    assert_equals_reference(E, C, y, mode=mode, **options)
+
+
+def test_the_logsumexp_is_differentiable_beside_the_loss() -> None:
+    E, C, y = make(21, 75, 20)
+    wide = [t.detach().double().requires_grad_() for t in (E, C)]
+    expected = linear_cross_entropy_reference(*wide, y, label_smoothing=0.1)
+    expected_lse = torch.where(y == -100, 0.0, (wide[0] @ wide[1].T).logsumexp(1))
+    problem, _ = prepare(E, C, y, label_smoothing=0.1, return_logsumexp=True)
+    loss, lse = fused.linear_cross_entropy(problem)
+    assert lse is not None
+    assert relative(lse, expected_lse) < 3e-6
+    both = torch.autograd.grad(loss + (lse**2).sum(), [E, C], retain_graph=True)
+    for g, w in zip(
+        both, torch.autograd.grad(expected + (expected_lse**2).sum(), wide, retain_graph=True), strict=True
+    ):
+        assert relative(g, w) < 3e-6
+    alone = torch.autograd.grad(lse.sum(), [E, C])
+    for g, w in zip(alone, torch.autograd.grad(expected_lse.sum(), wide), strict=True):
+        assert relative(g, w) < 3e-6
+
+
+@pytest.mark.parametrize("mode", ["exact", "lean", "filtered"])
+def test_a_target_outside_the_vocabulary_makes_the_loss_nan_and_reads_nothing(mode: str) -> None:
+    E, C, y = make(9, 40, 20)
+    with torch.no_grad():
+        E[3] = float("nan")  # is not read
+    y[1], y[3], y[5] = 40, -7, -100
+    for many in (False, True):  # all logits at once, and in chunks
+        tiles.BUFFER_BYTES = 2**20 if many else 1
+        # As on a GPU, where nobody looks at the targets before.
+        problem = replace(prepare(E, C, torch.zeros_like(y), label_smoothing=0.1)[0], mode=mode, targets=y)
+        loss, _ = fused.linear_cross_entropy(problem)
+        assert loss.isnan()
+        dE, dC = torch.autograd.grad(loss, [E, C])
+        assert dC.isfinite().all()
+        assert (dE[[1, 3, 5]] == 0).all()
+    losses, _ = fused.linear_cross_entropy(replace(problem, reduction="none"))
+    assert losses.isnan().nonzero().flatten().tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("mode", ["exact", "lean", "filtered"])
+@pytest.mark.parametrize("buffer_bytes", [1, 2**20])
+def test_a_default_dtype_changes_nothing(mode: str, buffer_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "BUFFER_BYTES", buffer_bytes)
+    E, C, y = make(21, 75, 20)
+    options = dict(mode=mode, label_smoothing=0.1, filter_eps=0.02)
+    loss = by_kernels(E, C, y, **options)
+    expected = [loss, *torch.autograd.grad(loss, [E, C])]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        loss = by_kernels(E, C, y, **options)
+        for a, b in zip([loss, *torch.autograd.grad(loss, [E, C])], expected, strict=True):
+            assert a.dtype == torch.float32
+            assert torch.equal(a, b)
+        problem, _ = prepare(E, C, y, reduction="none")
+        assert {t.dtype for t in fused_statistics(problem) if t.is_floating_point()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("buffer_bytes", [1, 2**20])
+def test_columns_that_a_bias_rules_out(buffer_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "BUFFER_BYTES", buffer_bytes)
+    E, C, y = make(21, 75, 20)
+    bias = torch.zeros(75)
+    bias[70:] = float("-inf")  # padding
+    y = torch.where(y >= 70, 3, y)
+    for options in (dict(), dict(label_smoothing=0.1, smoothing_prior=(bias == 0) / 70.0)):
+        assert_equals_reference_without_bias_gradient(E, C, y, bias, **options)
+
+
+def assert_equals_reference_without_bias_gradient(
+    E: Tensor, C: Tensor, y: Tensor, bias: Tensor, **options: Any
+) -> None:
+    for mode in ("exact", "lean"):
+        wide = [t.detach().double().requires_grad_() for t in (E, C)]
+        expected = linear_cross_entropy_reference(*wide, y, bias=bias.double(), **options)
+        loss = by_kernels(E, C, y, bias=bias, mode=mode, **options)
+        assert relative(loss, expected) < 3e-6
+        for g, w in zip(torch.autograd.grad(loss, [E, C]), torch.autograd.grad(expected, wide), strict=True):
+            assert relative(g, w) < 3e-6
+
+
+def test_a_head_whose_rows_are_one_row() -> None:
+    E, C, y = make(21, 75, 20)
+    rows = C[0].detach().expand(75, 20).requires_grad_()
+    loss = by_kernels(E, rows, y, label_smoothing=0.1)
+    [gradient] = torch.autograd.grad(loss, [rows])
+    plain = rows.detach().contiguous().requires_grad_()
+    [expected] = torch.autograd.grad(by_kernels(E, plain, y, label_smoothing=0.1), [plain])
+    assert torch.equal(gradient, expected)
 
 
 @pytest.mark.parametrize("mode", ["exact", "lean"])
@@ -143,20 +274,105 @@ def test_targets_far_below_the_top_are_made_again() -> None:
     assert_equals_reference(E, C, y, mode="exact", label_smoothing=0.1, tolerance=2e-5)
 
 
+@pytest.mark.parametrize("sample", [4, 64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(label_smoothing=0.1),
+        dict(reduction="sum", z_loss=1e-2),
+        dict(label_smoothing=0.1, softcap=3.0, scale=0.9, z_loss=1e-2),
+        dict(label_smoothing=0.1, smoothing_prior=True, bias=True),
+        dict(label_smoothing=0.1, smoothing_prior=True, softcap=3.0, bias=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_filtered_replaces_the_tail_and_puts_the_sample_right(
+    shape: tuple[int, int, int],
+    options: dict[str, Any],
+    sample: int,
+    filtered_in_full: Callable[..., tuple[Tensor, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tail, "SAMPLE", sample)
+    E, C, y = make(*shape)
+    options = dict(options, filter_eps=0.02)
+    inputs = [E, C]
+    if options.get("bias"):
+        options["bias"] = torch.randn(shape[1], generator=torch.Generator().manual_seed(1)).requires_grad_()
+        inputs.append(options["bias"])
+    if options.get("smoothing_prior"):
+        options["smoothing_prior"] = prior(shape[1])
+    kept = torch.empty(len(y))
+    problem, _ = prepare(E, C, y, mode="filtered", kept_mass=kept, **options)
+    *wanted, kept_expected = filtered_in_full(E, C, y, problem.weights(), **options)
+    loss, _ = fused.linear_cross_entropy(problem)
+    assert relative(kept, kept_expected) < 3e-6
+    for g, w in zip(torch.autograd.grad(loss, inputs), wanted, strict=False):
+        # Where a softcap saturates, 1 - (z / t)^2 loses digits.
+        assert relative(g, w) < (5e-6 if options.get("softcap") is None else 2e-5)
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_filtered_drops_what_chunked_drops(shape: tuple[int, int, int], softcap: float | None) -> None:
+def test_filtered_drops_what_chunked_drops(
+    shape: tuple[int, int, int], softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail, "SAMPLE", 8)
     E, C, y = make(*shape)
     wide = [t.detach().double().requires_grad_() for t in (E, C)]
     options = dict(mode="filtered", filter_eps=0.02, label_smoothing=0.1, softcap=softcap, scale=0.5, z_loss=1e-2)
     kept, kept_expected = torch.empty(len(y)), torch.empty(len(y))
     problem, _ = prepare(*wide, y, kept_mass=kept_expected, **options)
-    expected = chunked.linear_cross_entropy(problem)
+    expected, _ = chunked.linear_cross_entropy(problem)
     loss = by_kernels(E, C, y, kept_mass=kept, **options)
     assert relative(loss, expected) < 3e-6
     assert relative(kept, kept_expected) < 3e-6
     for g, w in zip(torch.autograd.grad(loss, [E, C]), torch.autograd.grad(expected, wide), strict=True):
-        assert relative(g, w) < 3e-6
+        assert relative(g, w) < 5e-6
+
+
+def test_filtered_with_logits_at_both_ends_of_a_softcap(
+    filtered_in_full: Callable[..., tuple[Tensor, ...]],
+) -> None:
+    """Targets whose probability is no float32, or one of few digits."""
+    E, C, y = make(20, 70, 20)
+    E = (E.detach() * 30).requires_grad_()
+    problem, _ = prepare(E, C, y, mode="filtered", softcap=60.0, filter_eps=0.02, label_smoothing=0.1)
+    wanted = filtered_in_full(E, C, y, problem.weights(), softcap=60.0, filter_eps=0.02, label_smoothing=0.1)
+    loss, _ = fused.linear_cross_entropy(problem)
+    for g, w in zip(torch.autograd.grad(loss, [E, C]), wanted, strict=False):
+        assert relative(g, w) < 2e-5
+
+
+def test_filtered_is_exact_where_most_of_the_softmax_would_be_replaced() -> None:
+    E, C, y = make(20, 70, 20)
+    E = (E.detach() * 0.1).requires_grad_()  # nearly flat
+    kept = torch.empty(20)
+    by_kernels(E, C, y, mode="filtered", filter_eps=0.1, kept_mass=kept)
+    assert (kept == 1).all()
+    assert_equals_reference(E, C, y, mode="filtered", filter_eps=0.1, label_smoothing=0.1)
+
+
+def test_a_list_without_bounds_is_not_made() -> None:
+    assert listing.too_long(8192, 256_000, 1e-9, None)
+    assert not listing.too_long(8192, 256_000, 2.0**-16, None)
+    E, C, y = make(20, 70, 20)
+    kept = torch.empty(20)
+    problem, _ = prepare(E, C, y, mode="filtered", filter_eps=1e-9, kept_mass=kept)
+    fused.linear_cross_entropy(problem)  # a small vocabulary has room for all of it
+    assert (kept > 1 - 1e-5).all()
+
+
+@pytest.mark.parametrize(("N", "V"), [(1, 1), (2, 40), (8192, 256_000), (8192, 262_144), (16_384, 262_144), (9, 2**27)])
+def test_keys_sort_by_column_then_token(N: int, V: int) -> None:
+    keys = listing.Keys.of(N, V)
+    corners = [(c, t) for c in sorted({0, V // 2, V - 1}) for t in sorted({0, N // 2, N - 1})]
+    made = keys.make(torch.tensor([c for c, _ in corners]), torch.tensor([t for _, t in corners]))
+    assert made.dtype == keys.dtype
+    assert made.tolist() == sorted(set(made.tolist()))
+    assert made.max() < keys.no_entry
+    assert (keys.dtype == torch.int32) == (N * V <= 2**31)
 
 
 @pytest.mark.parametrize(
@@ -271,18 +487,22 @@ def test_statistics_equal_the_chunked_ones(shape: tuple[int, int, int]) -> None:
 
 def test_operators_obey_the_rules_of_custom_operators() -> None:
     E, C, y = make(5, 40, 20)
-    targets = fused.marked_targets(y, -100)
+    shares, masses = torch.full((40,), 1 / 40), torch.ones(5)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(
         exact.loss_and_gradients,
-        (E, C, None, targets, 0.1, None, 1.0, 0.0, True, torch.float32, True, True),
+        (E, C, None, y, masses, None, -100, 0.1, None, 1.0, 0.0, torch.float32, True, True),
         test_utils=tests,
     )
     torch.library.opcheck(
-        lean.token_losses, (E, C, None, targets, 0.1, None, 1.0, 0.0, torch.float32, 3000), test_utils=tests
+        lean.token_losses,
+        (E, C, None, y, shares, masses, masses, -100, 0.1, None, 1.0, 0.0, torch.float32, 3000),
+        test_utils=tests,
     )
     torch.library.opcheck(
-        filtered.filtered_losses, (E, C, None, targets, 0.1, None, 1.0, 0.0, torch.float32, 0.02), test_utils=tests
+        filtered.filtered_losses,
+        (E, C, None, y, shares, -100, 0.1, None, 1.0, 0.0, torch.float32, 0.02, True),
+        test_utils=tests,
     )
 
 

@@ -1,9 +1,11 @@
 """The vocabulary-parallel loss on two processes, against the whole head on one."""
 
+import itertools
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +20,14 @@ OPTIONS: list[dict[str, Any]] = [
     dict(label_smoothing=0.1, z_loss=1e-2),
     dict(label_smoothing=0.3, softcap=3.0, scale=0.5, reduction="sum"),
     dict(label_smoothing=0.1, reduction="none", shift=True),
+    dict(label_smoothing=0.2, smoothing_prior=True, token_weights=True),
+    dict(label_smoothing=0.2, smoothing_prior=True, softcap=3.0, reduction="sum", divisor=7.0),
+    dict(token_weights=True, shift=2, reduction="none", divisor=torch.tensor([5])),
+    dict(impossible=True),
+    dict(impossible=True, label_smoothing=0.1, smoothing_prior=True),
 ]
-CUT, V = 20, 53  # shards of 20 and 33 rows
+V = 53
+CUTS = (20, V, 0)  # the first shard's rows: the others', none of them for the other
 
 
 def check(rank: int, port: int, kernels: bool) -> None:
@@ -29,23 +37,43 @@ def check(rank: int, port: int, kernels: bool) -> None:
     g = torch.Generator().manual_seed(0)
     E = torch.randn(3, 7, 6, generator=g, dtype=dtype).requires_grad_()
     C = torch.randn(V, 6, generator=g, dtype=dtype).requires_grad_()
-    bias = torch.randn(V, generator=g, dtype=dtype).requires_grad_()
-    y = torch.randint(0, V, (3, 7), generator=g)
+    bias = torch.randn(V, generator=g, dtype=dtype)
+    prior = torch.rand(V, generator=g, dtype=dtype)
+    prior[: CUTS[0]] = 0.0
+    token_weights = torch.rand(3, 7, generator=g, dtype=dtype)
+    y = torch.randint(CUTS[0], V, (3, 7), generator=g)
+    y[0, 0] = -100
     y[1, :2] = -100
-    mine = slice(0, CUT) if rank == 0 else slice(CUT, V)
-    shard, bias_shard = (t.detach()[mine].clone().requires_grad_() for t in (C, bias))
-    for options in OPTIONS:
-        whole = linear_cross_entropy(E, C, y, bias=bias, **options)
+    some = y.clone()
+    some[2] = torch.arange(7)  # in the first shard
+    for cut, case in itertools.product(CUTS, OPTIONS):
+        options = dict(case)
+        biases = bias.clone()
+        # A whole shard of classes that can't be, and aren't asked for.
+        if options.pop("impossible", False):
+            biases[: CUTS[0]] = -torch.inf
+            targets = y
+        else:
+            targets = some
+        if options.pop("token_weights", False):
+            options["token_weights"] = token_weights
+        with_prior = dict(smoothing_prior=prior / prior.sum()) if options.pop("smoothing_prior", False) else {}
+        biases.requires_grad_()
+        mine = slice(0, cut) if rank == 0 else slice(cut, V)
+        shard, bias_shard = (t.detach()[mine].clone().requires_grad_() for t in (C, biases))
+        whole = linear_cross_entropy(E, C, targets, bias=biases, **with_prior, **options)
         incoming = torch.rand(whole.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
         with pytest.MonkeyPatch.context() as patch:
             if kernels:  # whatever the door says of CPU tensors
-                patch.setattr(fused, "why_not", lambda problem: None)
+                patch.setattr(fused, "why_not", lambda problem: None if problem.lm_head_weight.numel() else "no rows")
             loss = vocab_parallel_linear_cross_entropy(
-                E, shard, y, first=mine.start, vocabulary=V, bias_shard=bias_shard, **options
-            )
+                E, shard, targets, first=mine.start, vocabulary=V, bias_shard=bias_shard,
+                smoothing_prior_shard=with_prior["smoothing_prior"][mine] if with_prior else None, **options,
+            )  # fmt: skip
             got = torch.autograd.grad(loss, [E, shard, bias_shard], incoming)
         torch.testing.assert_close(loss, whole)
-        wanted = torch.autograd.grad(whole, [E, C, bias], incoming)
+        assert loss.isfinite().all()
+        wanted = torch.autograd.grad(whole, [E, C, biases], incoming)
         for a, b in zip(got, (wanted[0], wanted[1][mine], wanted[2][mine]), strict=True):
             torch.testing.assert_close(a, b)
     dist.destroy_process_group()
@@ -71,6 +99,18 @@ def test_a_shard_outside_the_vocabulary_is_refused() -> None:
         vocab_parallel_linear_cross_entropy(
             torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1]), first=8, vocabulary=10
         )
+
+
+def test_gradients_of_gradients_are_refused(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        E, C = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+        loss = vocab_parallel_linear_cross_entropy(E, C, torch.tensor([0, 1]), first=0, vocabulary=4)
+        (dC,) = torch.autograd.grad(loss, C, create_graph=True)
+        with pytest.raises(UsageError, match="can be differentiated once only"):
+            (loss + (dC**2).sum()).backward()
+    finally:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 The smoothing term isn't rank one then: its slope 1 - (z/t)^2 differs at every entry, and the whole gradient
 
-    G_iv = ((1 + 2 z_loss lse_i) p_iv - (1 - beta) [v = y_i] - beta / V) (1 - (z_iv/t)^2)
+    G_iv = ((1 + 2 z_loss lse_i) p_iv - (1 - beta) [v = y_i] - beta s_v) (1 - (z_iv/t)^2)
 
-needs the log-sum-exp, which is known only after the walk. So the walk writes z_iv - z_iy, which is small where it
-matters, as float16; a pass in place turns it into G as bfloat16; two products use it up.
+needs the log-sum-exp, which is known only after the walk. So the walk writes z_iv, which lies between -t and t, as
+an integer of 16 bits: off by at most t / 65,534 whatever the target's logit is, which for t up to LARGEST is less than
+bfloat16 makes of the softmax. A pass in place turns it into G as bfloat16; two products use it up.
 """
 
 import torch
@@ -15,35 +16,45 @@ from torch import Tensor
 
 from calsmooth.loss.kernels.configurations import cdiv
 from calsmooth.loss.kernels.products import accumulate, product
-from calsmooth.loss.kernels.rows import finish_hidden, scale_rows, target_logits
+from calsmooth.loss.kernels.rows import finish_hidden, scale_rows
+from calsmooth.loss.kernels.targets import target_logits
 from calsmooth.loss.kernels.tiles import Operands, chunk_rows, padded_matrix
 from calsmooth.loss.kernels.walk import walk
+
+LARGEST = 64.0
+"""The largest softcap: beyond it exp() of a rounded logit is off by more than bfloat16's rounding, 2^-9."""
+
+LEVELS = {torch.bfloat16: (torch.int16, 2.0**15 - 1), torch.float32: (torch.int32, 2.0**24)}
+"""By dtype of the gradients: what the logits are stored as in their place, and the integer that the softcap becomes."""
 
 
 @triton.jit
 def gradient_in_place_kernel(
-    stored,  # (N, V) z - reference
+    stored,  # (N, V) z * levels / softcap, integers
     out,  # (N, V), the same memory
+    prior,  # (V,) (PRIOR)
     targets,
-    references,
     logsumexps,
     V,
     stride,
     target_weight,  # 1 - beta
-    mean_weight,  # beta / V
+    mean_weight,  # beta / V; beta (PRIOR)
     z_loss,
     softcap,
+    levels,
+    PRIOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
     y = tl.load(targets + n)
-    reference = tl.load(references + n)
     lse = tl.load(logsumexps + n)
-    z = tl.load(stored + n * stride + columns, mask=inside, other=0.0).to(tl.float32) + reference
-    g = tl.exp(z - lse) * (1.0 + 2.0 * z_loss * lse) - tl.where(columns == y, target_weight, 0.0) - mean_weight
-    g *= 1.0 - (z / softcap) * (z / softcap)
+    share = tl.load(stored + n * stride + columns, mask=inside, other=0).to(tl.float32) / levels
+    if PRIOR:
+        mean_weight *= tl.load(prior + columns, mask=inside, other=0.0)
+    softmax = tl.exp(share * softcap - lse) * (1.0 + 2.0 * z_loss * lse)
+    g = (softmax - tl.where(columns == y, target_weight, 0.0) - mean_weight) * (1.0 - share * share)
     g = tl.where(y >= 0, g, 0.0)
     tl.store(out + n * stride + columns, g.to(out.dtype.element_ty), mask=inside)
 
@@ -60,7 +71,7 @@ def losses_and_gradients(
     E, C, k = operands.E, operands.C, operands.semantics
     (N, D), V, device = E.shape, len(C), E.device
     assert k.softcap is not None
-    losses, lse = torch.empty(N, device=device), torch.empty(N, device=device)
+    losses, lse = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(2))
     z_target = target_logits(operands, targets)
     weights = weights * k.scale
     dE = torch.empty(N, D, dtype=E.dtype, device=device) if need_E else None
@@ -72,21 +83,24 @@ def losses_and_gradients(
         chunk = slice(start, min(start + rows, N))
         o, y = operands.rows(chunk.start, chunk.stop), targets[chunk]
         G = buffer[: len(y)]
-        stored = G.view(torch.float16) if G.dtype == torch.bfloat16 else G
-        walked = walk(o, y, z_target[chunk], stored=stored)
+        integers, levels = LEVELS[G.dtype]
+        stored = G.view(integers)
+        walked = walk(o, y, z_target[chunk], stored=stored, store_scale=levels / k.softcap)
         losses[chunk], lse[chunk] = walked.losses, walked.logsumexp
         gradient_in_place_kernel[(len(y), cdiv(V, 4096))](
             stored,
             G,
+            G if operands.prior is None else operands.prior,
             y,
-            z_target[chunk],
             walked.logsumexp,
             V,
             G.stride(0),
             1.0 - k.beta,
-            k.mean_weight(V),
+            operands.mean_weight,
             k.z_loss,
             k.softcap,
+            levels,
+            PRIOR=operands.prior is not None,
             BLOCK=4096,
             num_warps=8,
         )

@@ -30,7 +30,7 @@ class Configuration:
     programs_per_sm: int = 1
 
 
-VARYING = ("N", "R", "size", "room", "together", "parts", "max_parts")
+VARYING = ("N", "R", "size", "room", "token_bits", "per_token", "sampled", "together", "parts", "max_parts")
 """Arguments of the kernels that change with the number of tokens, from batch to batch. Triton would compile a kernel
 again for those that are 1 and those that divide by 16, each time in the middle of a training run; nothing that is hot
 gains from it: rows of matrices are aligned by their strides."""
@@ -53,6 +53,11 @@ TABLE = {
     ("sm86", False, True): Configuration(128, 128, 32, warps=8, stages=3, descriptors=False),
     ("sm86", True, False): Configuration(128, 128, 32, warps=8, stages=3, descriptors=False),
     ("sm86", True, True): Configuration(128, 128, 32, warps=8, stages=3, descriptors=False),
+    # Blackwell's workstation cards: 100 KB as well, and Hopper's copy engine.
+    ("sm120", False, False): Configuration(128, 128, 64, warps=8, stages=2, descriptors=True),
+    ("sm120", False, True): Configuration(128, 128, 64, warps=8, stages=2, descriptors=True),
+    ("sm120", True, False): Configuration(128, 128, 64, warps=8, stages=2, descriptors=True),
+    ("sm120", True, True): Configuration(128, 128, 64, warps=8, stages=2, descriptors=True),
     # Without a GPU the kernels are only interpreted, for their tests.
     ("interpreter", False, False): Configuration(16, 32, 16, warps=4, stages=1, descriptors=True),
     ("interpreter", False, True): Configuration(16, 32, 16, warps=4, stages=1, descriptors=True),
@@ -67,6 +72,8 @@ def architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "interpreter"
     capability = torch.cuda.get_device_capability(device)
+    if capability >= (12, 0):
+        return "sm120"
     if capability >= (9, 0):
         return "sm90"
     return "sm80" if capability == (8, 0) else "sm86"
@@ -158,4 +165,9 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _describable(x: Tensor) -> bool:
     """Rows of a descriptor start at multiples of 16 bytes."""
-    return x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    return (
+        x.stride(1) == 1
+        and x.stride(0) >= x.shape[1]
+        and x.stride(0) * x.element_size() % 16 == 0
+        and x.data_ptr() % 16 == 0
+    )

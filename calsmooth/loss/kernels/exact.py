@@ -5,12 +5,12 @@ For a chunk of tokens, with a reference r_i near the top of each row (the target
     P_iv = exp(z_iv - r_i), 0 at the target      written in bfloat16 by the kernel that makes the logits
     l_i  = exp(z_iy - r_i) + sum_v P_iv          float32, so lse_i = r_i + log l_i
 
-    dE_i  = w_i / l_i (P C)_i + (w_i p_iy - g_i (1 - beta)) C_y - g_i beta / V csum
-    dC   += P^T (w / l E), at the end + the targets' rows and the rank-one row
+    dE_i  = w_i / l_i (P C)_i + (w_i p_iy - g_i (1 - beta)) C_y - g_i beta sum_v s_v C_v
+    dC   += P^T (w / l E), at the end + the targets' rows and the rank-one term
 
-with g the incoming gradients and w_i = g_i (1 + 2 z_loss lse_i). The row scales move from the N x V matrix to the
-N x D ones, so that no pass over N x V is left but the products, and the target's coefficient, the largest, is never
-rounded.
+with s the smoothing prior (1 / V each without one), g the incoming gradients and w_i = g_i (1 + 2 z_loss lse_i). The
+row scales move from the N x V matrix to the N x D ones, so that no pass over N x V is left but the products, and the
+target's coefficient, the largest, is never rounded.
 
 Where a target lies so far below its row's top that the sums leave a safe range, the chunk's blocks of tokens that hold
 such a row are made again with the row's maximum as reference. That is decided on the device: two launches that mostly
@@ -27,26 +27,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from calsmooth.loss.derivatives import once_differentiable
 from calsmooth.loss.kernels import capped, whole
 from calsmooth.loss.kernels.configurations import VARYING
+from calsmooth.loss.kernels.gradient import EXTRA_ROWS, smoothing_rows
 from calsmooth.loss.kernels.lean import WIDE_BYTES, token_gradients
-from calsmooth.loss.kernels.products import accumulate, product, product_plus_row
-from calsmooth.loss.kernels.rows import (
-    SumBeside,
-    add_target_rows,
-    finish_hidden,
-    row_sum,
-    scale_in_place,
-    scale_rows,
-    target_logits,
-)
+from calsmooth.loss.kernels.products import accumulate, product, product_plus_row, write_product
+from calsmooth.loss.kernels.rows import SumBeside, finish_hidden, row_sum, scale_in_place, scale_rows
+from calsmooth.loss.kernels.targets import add_target_rows, loss_or_not, marked_targets, target_logits
 from calsmooth.loss.kernels.tiles import (
     LOG2E,
     Operands,
     Semantics,
     chunk_rows,
+    on_its_device,
     padded_matrix,
     place,
+    prior_weighted,
     product_tile,
     to_logits,
 )
@@ -66,6 +63,7 @@ def exponential_kernel(
     references,  # (N,)
     redo,  # (row blocks,) int32 (REDO)
     maxima,  # (max_parts, N) (REDO)
+    prior,  # (V,) (PRIOR)
     sums,  # (parts, N)
     logit_sums,  # (parts, N) (LOGIT_SUM)
     stride_out,
@@ -87,6 +85,7 @@ def exponential_kernel(
     SCALED: tl.constexpr,
     CAPPED: tl.constexpr,
     LOGIT_SUM: tl.constexpr,
+    PRIOR: tl.constexpr,
     REDO: tl.constexpr,
 ):
     row_blocks = tl.cdiv(N, BLOCK_N)
@@ -118,7 +117,7 @@ def exponential_kernel(
         z = product_tile(e, c, row, column, N, V, D, stride_e, stride_c, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS)
         z = to_logits(z, bias, columns, V, scale, softcap, HAS_BIAS, SCALED, CAPPED)
         if LOGIT_SUM:
-            z_sum += tl.sum(z, 1)
+            z_sum += tl.sum(prior_weighted(z, prior, columns, V, PRIOR), 1)
         p = tl.exp2(z * LOG2E - reference[:, None])
         p = tl.where((columns[None, :] == y[:, None]) | (columns[None, :] >= limit[:, None]), 0.0, p)
         s += tl.sum(p, 1)
@@ -169,16 +168,19 @@ def settle_kernel(
         total += tl.load(sums + mine, mask=inside, other=0.0)
         if LOGIT_SUM:
             z_sum += tl.load(logit_sums + mine, mask=inside, other=0.0)
-    kept = tl.load(targets + rows, mask=inside, other=-1) >= 0
+    y = tl.load(targets + rows, mask=inside, other=-1)
+    kept = y >= 0
     if CHECK:
         unsafe = kept & ((total < SAFE_SUM) == 0)  # a NaN is unsafe too
         tl.store(redo + tl.program_id(0), tl.max(unsafe.to(tl.int32), 0))
     else:
         lse = reference + tl.log(total)
-        loss = lse - (1.0 - beta) * z_target - mean_weight * z_sum + z_loss * lse * lse
+        loss = lse - (1.0 - beta) * z_target + z_loss * lse * lse
+        if LOGIT_SUM:
+            loss -= mean_weight * z_sum
         g = tl.load(weights + rows, mask=inside, other=0.0)
         w = g * (1.0 + 2.0 * z_loss * lse)
-        tl.store(losses + rows, tl.where(kept, loss, 0.0), mask=inside)
+        tl.store(losses + rows, loss_or_not(loss, y), mask=inside)
         tl.store(logsumexps + rows, lse, mask=inside)
         tl.store(row_scales + rows, tl.where(kept, scale * w / total, 0.0), mask=inside)
         target_scale = scale * (w * p_target / total - g * (1.0 - beta))
@@ -197,17 +199,20 @@ def losses_and_gradients(
     E, C, k, configuration = operands.E, operands.C, operands.semantics, operands.configuration
     (N, D), V, device = E.shape, len(C), E.device
     smooth = k.beta > 0
-    losses, lse, row_scales, target_scales = (torch.empty(N, device=device) for _ in range(4))
+    sum_logits = smooth and not operands.prior_is_rank_one
+    losses, lse, row_scales, target_scales = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(4))
     z_target = target_logits(operands, targets)
     references = z_target.clone()
-    mean_scales = weights * (k.scale * k.mean_weight(V)) if smooth else None
-    head_sum = SumBeside(C) if smooth and need_E else None
-    mean_row = -row_sum(E, mean_scales) if smooth and need_C else None
+    mean_scales = weights * (k.scale * operands.mean_weight) if smooth else None
+    head_sum = SumBeside(C, operands.prior) if smooth and (need_E or not sum_logits) else None
+    mean_row = row_sum(E, -mean_scales) if mean_scales is not None and need_C else None
+    # With a prior the rank-one term goes along with the first chunk's product as a few more tokens.
+    extra = EXTRA_ROWS if mean_row is not None and operands.prior is not None else 0
     dE = torch.empty_like(E, memory_format=torch.contiguous_format) if need_E else None
     dC = torch.empty(V, D, dtype=head_dtype, device=device) if need_C else None
 
     rows = chunk_rows(N, V * E.element_size(), configuration.block_n)
-    buffer = padded_matrix(min(rows, N), V, E.dtype, device)
+    buffer = padded_matrix(min(rows, N) + extra, V, E.dtype, device)
     for start in range(0, N, rows):
         chunk = slice(start, min(start + rows, N))
         o, y = operands.rows(chunk.start, chunk.stop), targets[chunk]
@@ -218,11 +223,11 @@ def losses_and_gradients(
         places: dict[str, Any] = {
             "targets": y,
             "references": references[chunk],
-            "sums": torch.empty(parts, len(y), device=device),
-            "logit_sums": torch.empty(parts, len(y), device=device),
+            "sums": torch.empty(parts, len(y), dtype=torch.float32, device=device),
+            "logit_sums": torch.empty(parts, len(y), dtype=torch.float32, device=device),
             "redo": redo,
             "parts": parts,
-            "LOGIT_SUM": smooth,
+            "LOGIT_SUM": sum_logits,
         }
         walking = dict(
             out=o.described(P), together=schedule.together, stride_out=P.stride(0), **places, **o.arguments()
@@ -236,7 +241,7 @@ def losses_and_gradients(
             target_scales=target_scales[chunk],
             N=len(y),
             beta=k.beta,
-            mean_weight=k.mean_weight(V),
+            mean_weight=operands.mean_weight,
             z_loss=k.z_loss,
             scale=k.scale,
             BLOCK_N=configuration.block_n,
@@ -261,45 +266,57 @@ def losses_and_gradients(
                 mean_scales=None if mean_scales is None else mean_scales[chunk],
                 head_sum=None if head_sum is None else head_sum.wait(),
             )
-        if dC is not None:
+        if dC is not None and extra and start == 0:
+            assert mean_row is not None
+            e = torch.zeros(len(y) + extra, D, dtype=E.dtype, device=device)
+            scale_rows(o.E, row_scales[chunk], out=e)
+            e[len(y) : len(y) + 2] = mean_row
+            longer = buffer[: len(e)]
+            longer[len(y) :] = smoothing_rows(operands)
+            write_product(dC, longer.T, e)
+        elif dC is not None:
             e = scale_rows(o.E, row_scales[chunk])
             if start > 0:
                 accumulate(dC, P.T, e)
             elif mean_row is not None:
                 product_plus_row(dC, mean_row, P.T, e)
-            elif dC.dtype == e.dtype:
-                torch.mm(P.T, e, out=dC)
             else:
-                dC.zero_()
-                accumulate(dC, P.T, e)
+                write_product(dC, P.T, e)
     if dC is not None:
         add_target_rows(dC, E, targets, target_scales)
+    if head_sum is not None and operands.prior_is_rank_one:
+        losses = operands.less_mean_logits(losses, targets, head_sum.wait())
     return losses, lse, dE, dC
 
 
 @torch.library.custom_op("calsmooth::loss_and_gradients", mutates_args=())
+@on_its_device
 def loss_and_gradients(
     E: Tensor,  # (N, D)
     C: Tensor,  # (V, D); cast to E's dtype
     bias: Tensor | None,  # (V,), without a gradient
-    targets: Tensor,  # (N,) int32, -1: ignored
+    targets: Tensor,  # (N,)
+    weights: Tensor,  # (N,) float32: each token's share of the result, 0 where ignored
+    prior: Tensor | None,  # (V,) float32, where the smoothed mass isn't spread evenly
+    ignore_index: int,
     beta: float,
     softcap: float | None,
     scale: float,
     z_loss: float,
-    mean: bool,  # or the sum
     head_dtype: torch.dtype,
     need_E: bool,
     need_C: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, (N,) log-sum-exps, dE and dC (empty where not needed) for an incoming gradient of 1."""
-    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss), storing=True)
-    weights = _weights(targets, mean)
+    semantics = Semantics(beta, softcap, scale, z_loss)
+    operands = Operands.make(E, C.to(E.dtype), bias, semantics, storing=True, prior=prior)
+    marked = marked_targets(targets, ignore_index, len(C))
+    weights = torch.where(marked >= 0, weights, 0.0)
     if whole.fits(len(E), len(C)):
         make = whole.losses_and_gradients
     else:
         make = losses_and_gradients if softcap is None else capped.losses_and_gradients
-    losses, lse, dE, dC = make(operands, targets, weights, head_dtype, need_E, need_C)
+    losses, lse, dE, dC = make(operands, marked, weights, head_dtype, need_E, need_C)
     nothing = E.new_empty(0)
     return (losses * weights).sum(), lse, nothing if dE is None else dE, E.new_empty(0) if dC is None else dC
 
@@ -316,44 +333,38 @@ def _(E: Tensor, C: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("calsmooth::scale_", mutates_args=("X", "Y"))
+@on_its_device
 def scale_(X: Tensor, Y: Tensor, factor: Tensor) -> None:
     scale_in_place(X, Y, factor)
 
 
-def _weights(targets: Tensor, mean: bool) -> Tensor:
-    """(N,) float32: each token's share of the result."""
-    kept = (targets >= 0).float()
-    return kept / kept.sum().clamp(min=1.0) if mean else kept
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    E, C, bias, targets, *ctx.options = inputs
+    *tensors, ctx.ignore_index, ctx.beta, ctx.softcap, ctx.scale, ctx.z_loss, ctx.head_dtype, _, _ = inputs
     _, logsumexp, dE, dC = output
     ctx.mark_non_differentiable(logsumexp, dE, dC)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(E, C, bias, targets, logsumexp)
+    ctx.save_for_backward(*tensors, logsumexp)
     # Not saved as tensors: they leave with the first backward, scaled in place, and take no memory after it.
     ctx.gradients = (dE, dC)
 
 
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     need_E, need_C = ctx.needs_input_grad[:2]
     if grad is None:
-        return (None,) * 12
+        return (None,) * 14
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:
         # The graph was kept and the gradients went out with the first backward: make them again.
-        E, C, bias, targets, logsumexp = ctx.saved_tensors
-        beta, softcap, scale, z_loss, mean, head_dtype, *_ = ctx.options
-        weights = _weights(targets, mean) * grad
+        E, C, bias, targets, weights, prior, logsumexp = ctx.saved_tensors
         dE, dC, _ = token_gradients(
-            E, C, bias, targets, logsumexp, weights,
-            beta, softcap, scale, z_loss, head_dtype, WIDE_BYTES, need_E, need_C, False,
+            E, C, bias, targets, prior, None, None, logsumexp, weights * grad, None, ctx.ignore_index,
+            ctx.beta, ctx.softcap, ctx.scale, ctx.z_loss, ctx.head_dtype, WIDE_BYTES, need_E, need_C, False,
         )  # fmt: skip
     else:
         dE, dC = gradients
         scale_(dE, dC, grad)
-    return (dE if need_E else None, dC if need_C else None, *(None,) * 10)
+    return (dE if need_E else None, dC if need_C else None, *(None,) * 12)
 
 
 loss_and_gradients.register_autograd(_backward, setup_context=_setup)

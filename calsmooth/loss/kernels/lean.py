@@ -2,17 +2,20 @@
 
 Four products in all. Beside the gradients there are a strip of logits' gradients, dE's float32 sum and a scaled copy
 of E, and nothing lives between forward and backward. The exact mode falls back to this, with wider strips, for what
-its own three products can't do: per-token incoming gradients, float16, and a bias that wants a gradient.
+its own three products can't do: per-token incoming gradients, float16, a bias that wants a gradient, class weights,
+several targets a token, and gradients of the log-sum-exp.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from calsmooth.loss.kernels.gradient import gradients
-from calsmooth.loss.kernels.rows import target_logits
-from calsmooth.loss.kernels.tiles import Operands, Semantics
+from calsmooth.loss.derivatives import once_differentiable
+from calsmooth.loss.kernels.gradient import Terms, gradients
+from calsmooth.loss.kernels.targets import marked_targets, row_targets, target_logits
+from calsmooth.loss.kernels.tiles import Operands, Semantics, on_its_device
 from calsmooth.loss.kernels.walk import walk
 
 LEAN_BYTES = 108 * 2**20
@@ -23,11 +26,16 @@ WIDE_BYTES = 512 * 2**20
 
 
 @torch.library.custom_op("calsmooth::token_losses", mutates_args=())
+@on_its_device
 def token_losses(
     E: Tensor,  # (N, D)
     C: Tensor,  # (V, D); cast to E's dtype
     bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (N,) int32, -1: ignored
+    targets: Tensor,  # (N,), or (N, K) with (N, K) target_weights
+    prior: Tensor | None,  # (V,) float32, where the smoothed mass isn't spread evenly
+    masses: Tensor | None,  # (N,) float32; goes with target_weights
+    target_weights: Tensor | None,  # shaped like targets, float32
+    ignore_index: int,
     beta: float,
     softcap: float | None,
     scale: float,
@@ -36,8 +44,15 @@ def token_losses(
     buffer_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     """(N,) losses and (N,) log-sum-exps."""
-    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss), storing=False)
-    walked = walk(operands, targets, target_logits(operands, targets))
+    semantics = Semantics(beta, softcap, scale, z_loss)
+    operands = Operands.make(E, C.to(E.dtype), bias, semantics, storing=False, prior=prior)
+    marked = marked_targets(targets, ignore_index, len(C))
+    z_target = target_logits(operands, marked)
+    if target_weights is not None:
+        z_target = z_target * target_weights
+    if marked.dim() == 2:
+        marked, z_target = row_targets(marked), z_target.sum(1)
+    walked = walk(operands, marked, z_target, masses=masses)
     return walked.losses, walked.logsumexp
 
 
@@ -47,13 +62,19 @@ def _(E: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("calsmooth::token_gradients", mutates_args=())
+@on_its_device
 def token_gradients(
     E: Tensor,
     C: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    prior: Tensor | None,
+    masses: Tensor | None,
+    target_weights: Tensor | None,
     logsumexp: Tensor,  # (N,)
-    weights: Tensor,  # (N,) incoming gradients
+    grads: Tensor,  # (N,) gradients by the losses
+    logsumexp_grads: Tensor | None,  # (N,) by the log-sum-exps
+    ignore_index: int,
     beta: float,
     softcap: float | None,
     scale: float,
@@ -65,9 +86,24 @@ def token_gradients(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dE, dC, dbias; empty where not needed."""
-    operands = Operands.make(E, C.to(E.dtype), bias, Semantics(beta, softcap, scale, z_loss), storing=True)
-    weights = torch.where(targets >= 0, weights.float(), 0.0)
-    made = gradients(operands, targets, logsumexp, weights, head_dtype, (need_E, need_C, need_bias), buffer_bytes)
+    semantics = Semantics(beta, softcap, scale, z_loss)
+    operands = Operands.make(E, C.to(E.dtype), bias, semantics, storing=True, prior=prior)
+    marked = marked_targets(targets, ignore_index, len(C))
+    rows = row_targets(marked) if marked.dim() == 2 else marked
+    grads = torch.where(rows >= 0, grads.float(), 0.0)
+    terms = None
+    if target_weights is not None or logsumexp_grads is not None:
+        softmax = grads * ((1.0 if masses is None else masses) + 2.0 * z_loss * logsumexp)
+        if logsumexp_grads is not None:
+            softmax = softmax + torch.where(rows >= 0, logsumexp_grads.float(), 0.0)
+        terms = Terms(torch.where(rows >= 0, softmax, 0.0), grads * (1.0 - beta), smoothing=grads)
+        if target_weights is not None and marked.dim() == 2:
+            terms = replace(terms, target=None, targets=marked, target_weights=target_weights * grads.unsqueeze(1))
+        elif target_weights is not None:
+            terms = replace(terms, target=target_weights * grads)
+        grads = (rows >= 0).float()
+    needed = (need_E, need_C, need_bias)
+    made = gradients(operands, rows, logsumexp, grads, head_dtype, needed, buffer_bytes, terms=terms)
     dE, dC, dbias = (E.new_empty(0) if g is None else g for g in made)
     return dE, dC, dbias
 
@@ -83,19 +119,25 @@ def _(E: Tensor, C: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Te
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    E, C, bias, targets, *ctx.options = inputs
+    *tensors, ctx.ignore_index, ctx.beta, ctx.softcap, ctx.scale, ctx.z_loss, ctx.head_dtype, ctx.buffer_bytes = inputs
     _, logsumexp = output
-    ctx.mark_non_differentiable(logsumexp)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(E, C, bias, targets, logsumexp)
+    ctx.save_for_backward(*tensors, logsumexp)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+@once_differentiable
+def _backward(ctx: Any, grad: Tensor | None, logsumexp_grad: Tensor | None) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:3]
-    if grad is None:
-        return (None,) * 10
-    made = token_gradients(*ctx.saved_tensors, grad, *ctx.options, *needed)
-    return (*(g if need else None for g, need in zip(made, needed, strict=True)), *(None,) * 7)
+    if grad is None and logsumexp_grad is None:
+        return (None,) * 14
+    *tensors, logsumexp = ctx.saved_tensors
+    grads = torch.zeros_like(logsumexp) if grad is None else grad
+    made = token_gradients(
+        *tensors, logsumexp, grads, logsumexp_grad, ctx.ignore_index,
+        ctx.beta, ctx.softcap, ctx.scale, ctx.z_loss, ctx.head_dtype, ctx.buffer_bytes, *needed,
+    )  # fmt: skip
+    made = tuple(g if need else None for g, need in zip(made, needed, strict=True))
+    return (*made, *(None,) * 11)
 
 
 token_losses.register_autograd(_backward, setup_context=_setup)

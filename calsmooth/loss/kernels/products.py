@@ -23,6 +23,15 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
+def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, rounded once."""
+    if out.dtype == b.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.zero_()
+        accumulate(out, a, b)
+
+
 def product_plus_row(out: Tensor, row: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a @ b + row, row (D,) float32 added to each row before out is rounded."""
     if out.dtype == a.dtype:

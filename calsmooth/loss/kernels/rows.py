@@ -1,4 +1,4 @@
-"""Small kernels over tokens and features: target logits, weighted sums of rows, and gradients' last steps.
+"""Small kernels over tokens and features: weighted sums of rows, and gradients' last steps.
 
 All of them are bound by memory; none is a noticeable part of the time. Sums have a fixed order.
 """
@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from calsmooth.loss.kernels.configurations import VARYING, cdiv
-from calsmooth.loss.kernels.tiles import Operands, to_logits
 
 
 @functools.cache
@@ -19,100 +18,60 @@ def feature_block(D: int, largest: int = 1024) -> int:
     return min(largest, triton.next_power_of_2(D))
 
 
-@triton.jit
-def target_logits_kernel(
-    E,
-    C,
-    bias,
-    targets,
-    out,
-    V,
-    D,
-    stride_e,
-    stride_c,
-    scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    SCALED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    n = tl.program_id(0).to(tl.int64)
-    y = tl.load(targets + n).to(tl.int64)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    if y >= 0:
-        for d in range(0, D, BLOCK_D):
-            features = d + tl.arange(0, BLOCK_D)
-            a = tl.load(E + n * stride_e + features, mask=features < D, other=0.0).to(tl.float32)
-            b = tl.load(C + y * stride_c + features, mask=features < D, other=0.0).to(tl.float32)
-            total += a * b
-    column = tl.maximum(y, 0).to(tl.int32) + tl.arange(0, 1)
-    z = tl.sum(total, 0) + tl.zeros((1, 1), tl.float32)
-    z = to_logits(z, bias, column, V, scale, softcap, HAS_BIAS, SCALED, CAPPED)
-    tl.store(out + n + tl.arange(0, 1)[None, :], tl.where(y >= 0, z, 0.0))
-
-
-def target_logits(operands: Operands, targets: Tensor) -> Tensor:
-    """(N,) float32 logit of each token's own target, 0 where ignored."""
-    E, C = operands.E, operands.C
-    out = torch.empty(len(E), device=E.device)
-    target_logits_kernel[(len(E),)](
-        E,
-        C,
-        operands.bias if operands.bias is not None else E,
-        targets,
-        out,
-        len(C),
-        E.shape[1],
-        E.stride(0),
-        C.stride(0),
-        operands.semantics.scale,
-        operands.semantics.softcap or 1.0,
-        **operands.semantics.constants(operands.bias),
-        BLOCK_D=feature_block(E.shape[1]),
-        num_warps=4,
-    )
-    return out
-
-
 @triton.jit(do_not_specialize=VARYING)
 def row_sum_kernel(
     X,
-    weights,  # (N,) (WEIGHTED)
-    out,  # (programs, D)
+    weights,  # (W, N) (W > 0)
+    out,  # (W or 1, programs, D)
     N,
     D,
     stride,
     rows_each,
-    WEIGHTED: tl.constexpr,
+    W: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * rows_each
     features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
+    second = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, rows_each, BLOCK_N):
         rows = first + start + tl.arange(0, BLOCK_N)
         mask = (rows < N)[:, None] & (features < D)[None, :]
-        if WEIGHTED:
+        if W > 0:
             # Ignored tokens (weight 0) may hold anything: don't read them.
             weight = tl.load(weights + rows, mask=rows < N, other=0.0)
-            mask &= (weight != 0.0)[:, None]
+            read = weight != 0.0
+            if W == 2:
+                other = tl.load(weights + N + rows, mask=rows < N, other=0.0)
+                read |= other != 0.0
+            mask &= read[:, None]
         x = tl.load(X + rows[:, None] * stride + features[None, :], mask=mask, other=0.0).to(tl.float32)
-        if WEIGHTED:
+        if W == 2:
+            second += tl.sum(x * other[:, None], 0)
+        if W > 0:
             x *= weight[:, None]
         total += tl.sum(x, 0)
-    tl.store(out + tl.program_id(0) * D + features, total, mask=features < D)
+    here = tl.program_id(0) * D + features
+    tl.store(out + here, total, mask=features < D)
+    if W == 2:
+        tl.store(out + tl.num_programs(0) * D + here, second, mask=features < D)
 
 
-def row_sum(X: Tensor, weights: Tensor | None = None) -> Tensor:
-    """(D,) float32: sum_n weights_n X_n, with rows of weight 0 left out. (X.sum(0) takes a lot of scratch memory.)"""
+def row_sum(
+    X: Tensor,  # (N, D)
+    weights: Tensor | None = None,  # (N,) or (2, N) float32, contiguous
+) -> Tensor:
+    """(D,) float32 sum_n weights_n X_n, or (2, D) of both; rows of weight 0 aren't read. (X.sum(0) takes a lot of
+    scratch memory.)"""
     N, D = X.shape
     block_n, block = 16, feature_block(D, 256)
     rows_each = cdiv(cdiv(N, 1024), block_n) * block_n
-    partial = torch.empty(cdiv(N, rows_each), D, device=X.device)
+    programs = cdiv(N, rows_each)
+    several = 0 if weights is None else weights.numel() // max(N, 1)
+    partial = torch.empty(max(several, 1), programs, D, dtype=torch.float32, device=X.device)
     # One warp a program: the sum over rows stays within each thread.
-    row_sum_kernel[(len(partial), cdiv(D, block))](
+    row_sum_kernel[(programs, cdiv(D, block))](
         X,
         X if weights is None else weights,
         partial,
@@ -120,12 +79,13 @@ def row_sum(X: Tensor, weights: Tensor | None = None) -> Tensor:
         D,
         X.stride(0),
         rows_each,
-        WEIGHTED=weights is not None,
+        W=several,
         BLOCK_N=block_n,
         BLOCK_D=block,
         num_warps=1,
     )
-    return partial.sum(0)
+    sums = partial.sum(1)
+    return sums if weights is not None and weights.dim() == 2 else sums[0]
 
 
 LARGE_BYTES = 256 * 2**20
@@ -133,14 +93,14 @@ LARGE_BYTES = 256 * 2**20
 
 
 class SumBeside:
-    """`row_sum(X)` on a second stream, while a walk runs that leaves a few multiprocessors idle.
+    """`row_sum(X, weights)` on a second stream, while a walk runs that leaves a few multiprocessors idle.
 
     Make it before the walk is launched, `start` it after (so that the walk gets its multiprocessors first), and `wait`
     where the sum is needed: the stream waits, not the host. For a small X the second stream costs more than it saves.
     """
 
-    def __init__(self, X: Tensor) -> None:
-        self.X = X
+    def __init__(self, X: Tensor, weights: Tensor | None = None) -> None:
+        self.X, self.weights = X, weights
         self.beside = X.is_cuda and X.numel() * X.element_size() >= LARGE_BYTES
         if self.beside:
             self.main = torch.cuda.current_stream(X.device)
@@ -148,12 +108,12 @@ class SumBeside:
 
     def start(self) -> None:
         if not self.beside:
-            self.total = row_sum(self.X)
+            self.total = row_sum(self.X, self.weights)
             return
         self.side = _side_stream(self.X.device)
         self.side.wait_event(self.before)
         with torch.cuda.stream(self.side):
-            self.total = row_sum(self.X)
+            self.total = row_sum(self.X, self.weights)
         self.total.record_stream(self.main)
 
     def wait(self) -> Tensor:
@@ -250,54 +210,6 @@ def scale_rows(X: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
     block = feature_block(D)
     scale_rows_kernel[(N, cdiv(D, block))](X, scales, out, D, X.stride(0), BLOCK_D=block, num_warps=4)
     return out
-
-
-@triton.jit(do_not_specialize=VARYING)
-def add_target_rows_kernel(
-    sorted_targets,  # (N,) ascending; V where ignored
-    order,  # (N,) token of each sorted target
-    scales,  # (N,) by token
-    E,
-    dC,
-    N,
-    V,
-    D,
-    stride_e,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    first = tl.program_id(0)
-    y = tl.load(sorted_targets + first).to(tl.int64)
-    before = tl.load(sorted_targets + first - 1, mask=first > 0, other=-1).to(tl.int64)
-    if (y < V) & (y != before):
-        features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        inside = features < D
-        row = dC + y * D + features
-        total = tl.load(row, mask=inside, other=0.0).to(tl.float32)
-        start = first
-        more = 1
-        while more > 0:
-            places = start + tl.arange(0, BLOCK_N)
-            mine = tl.load(sorted_targets + places, mask=places < N, other=V).to(tl.int64) == y
-            tokens = tl.load(order + places, mask=mine, other=0).to(tl.int64)
-            scale = tl.load(scales + tokens, mask=mine, other=0.0)
-            mask = mine[:, None] & inside[None, :]
-            x = tl.load(E + tokens[:, None] * stride_e + features[None, :], mask=mask, other=0.0).to(tl.float32)
-            total += tl.sum(x * scale[:, None], 0)
-            more = (tl.sum(mine.to(tl.int32), 0) == BLOCK_N).to(tl.int32)
-            start += BLOCK_N
-        tl.store(row, total.to(dC.dtype.element_ty), mask=inside)
-
-
-def add_target_rows(dC: Tensor, E: Tensor, targets: Tensor, scales: Tensor) -> None:
-    """dC[y_i] += scale_i E_i, in the tokens' order: one program adds up all tokens of one target."""
-    N, D = E.shape
-    V = len(dC)
-    sorted_targets, order = torch.sort(torch.where(targets < 0, V, targets), stable=True)
-    block = feature_block(D, 512)
-    add_target_rows_kernel[(N, cdiv(D, block))](
-        sorted_targets, order, scales, E, dC, N, V, D, E.stride(0), BLOCK_N=8, BLOCK_D=block, num_warps=4
-    )
 
 
 @triton.jit

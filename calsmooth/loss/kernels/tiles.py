@@ -1,7 +1,10 @@
 """What every kernel that needs logits shares: one tile of E C^T, and the way from products to logits."""
 
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -10,8 +13,30 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from calsmooth.loss.kernels.configurations import Configuration, cdiv, choose, schedule
+from calsmooth.loss.kernels.rows import row_sum
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Within it x's GPU is the current one: Triton launches on that, whatever its arguments' device is."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """For operators: runs on the GPU of the first argument, a tensor."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **options: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        with device_of(first):
+            return function(*args, **options)
+
+    return guarded
 
 
 @triton.jit
@@ -64,6 +89,15 @@ def to_logits(
 
 
 @triton.jit
+def prior_weighted(z, prior, columns, V, PRIOR: tl.constexpr):
+    """z, or with PRIOR z times each column's share in the smoothing prior: 0 where that is 0, whatever z is."""
+    if PRIOR:
+        share = tl.load(prior + columns, mask=columns < V, other=0.0)[None, :]
+        z = tl.where(share > 0.0, z * share, 0.0)
+    return z
+
+
+@triton.jit
 def tanh(x):
     # 1 - 2 / (exp(2x) + 1) saturates at both ends without a NaN.
     return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
@@ -95,31 +129,62 @@ class Semantics:
     z_loss: float
     vocabulary: int | None = None  # of the whole head, where C is a shard of it
 
-    def mean_weight(self, V: int) -> float:
-        """beta / V: the smoothing term's weight of each logit."""
-        return self.beta / (self.vocabulary or V)
-
     def constants(self, bias: Tensor | None) -> dict[str, Any]:
         return {"HAS_BIAS": bias is not None, "SCALED": self.scale != 1.0, "CAPPED": self.softcap is not None}
 
 
 @dataclass(frozen=True)
 class Operands:
-    """E, C and the bias, with the launch geometry of every kernel that walks over their product."""
+    """E, C, the bias and the smoothing prior, with the launch geometry of every kernel that walks over E C^T."""
 
     E: Tensor  # (N, D)
     C: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
+    prior: Tensor | None  # (V,) float32: each column's share of the smoothed mass; None for 1 / V each
     semantics: Semantics
     configuration: Configuration
 
     @classmethod
-    def make(cls, E: Tensor, C: Tensor, bias: Tensor | None, semantics: Semantics, *, storing: bool) -> "Operands":
+    def make(
+        cls,
+        E: Tensor,
+        C: Tensor,
+        bias: Tensor | None,
+        semantics: Semantics,
+        *,
+        storing: bool,
+        prior: Tensor | None = None,
+    ) -> "Operands":
         """`storing`: for kernels that write their tiles, which larger tiles suit."""
-        return cls(E, C, bias, semantics, choose(E, C, storing))
+        return cls(E, C, bias, prior if semantics.beta > 0 else None, semantics, choose(E, C, storing))
+
+    @property
+    def mean_weight(self) -> float:
+        """What the smoothing term weighs a column's logit by: beta / V, or with a prior beta, times the column's
+        share."""
+        k = self.semantics
+        return k.beta if self.prior is not None else k.beta / (k.vocabulary or len(self.C))
+
+    @property
+    def prior_is_rank_one(self) -> bool:
+        """Whether the prior's mean of the logits is a product of E's rows: then no kernel needs to weigh logits."""
+        return self.prior is not None and self.semantics.softcap is None
+
+    def less_mean_logits(self, losses: Tensor, targets: Tensor, head_sum: Tensor | None = None) -> Tensor:
+        """Losses (N,) that lack the smoothing term, less it: beta sum_v s_v z_v. head_sum: sum_v s_v C_v, if known."""
+        assert self.prior is not None
+        if head_sum is None:
+            head_sum = row_sum(self.C, self.prior)
+        means = (self.E.float() @ head_sum) * self.semantics.scale
+        if self.bias is not None:
+            means = means + torch.where(self.prior > 0, self.prior * self.bias, 0.0).sum() * self.semantics.scale
+        return losses - torch.where(targets >= 0, self.mean_weight * means, 0.0)
+
+    def prior_arguments(self) -> dict[str, Any]:
+        return {"prior": self.E if self.prior is None else self.prior, "PRIOR": self.prior is not None}
 
     def rows(self, start: int, stop: int) -> "Operands":
-        return Operands(self.E[start:stop], self.C, self.bias, self.semantics, self.configuration)
+        return replace(self, E=self.E[start:stop])
 
     @property
     def row_blocks(self) -> int:
@@ -131,7 +196,8 @@ class Operands:
         return Schedule(together, parts, programs=cdiv(self.row_blocks, together) * together * parts)
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments that `product_tile` and `to_logits` need, by the names that all kernels give them."""
+        """The arguments that `product_tile`, `to_logits` and `prior_weighted` need, by the names all kernels give
+        them."""
         k = self.configuration
         if k.descriptors:
             e = TensorDescriptor.from_tensor(self.E, [k.block_n, k.block_d])
@@ -155,6 +221,7 @@ class Operands:
             DESCRIPTORS=k.descriptors,
             num_warps=k.warps,
             num_stages=k.stages,
+            **self.prior_arguments(),
             **self.semantics.constants(self.bias),
         )
 

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from calsmooth.loss.kernels.configurations import VARYING, cdiv
-from calsmooth.loss.kernels.tiles import LOG2E, Operands, place, product_tile, to_logits
+from calsmooth.loss.kernels.targets import loss_or_not
+from calsmooth.loss.kernels.tiles import LOG2E, Operands, place, prior_weighted, product_tile, to_logits
 
 GROUP = 64
 """Vocabulary entries whose common maximum the walk can write down, for `filtered`."""
@@ -31,12 +32,13 @@ def walk_kernel(
     only,  # (row blocks,) int32: blocks that hold 0 are left out (ONLY)
     maxima,  # (splits, N)
     sums,  # (splits, N) sum of exp(z - maximum)
-    logit_sums,  # (splits, N) sum of z (LOGIT_SUM)
+    logit_sums,  # (splits, N) sum of z, each times its prior's share with PRIOR (LOGIT_SUM)
     group_maxima,  # (V / GROUP, N) bfloat16, rows padded to `stride_maxima` (GROUPS)
     top_tokens,  # (splits, N) int32 (STATISTICS)
     weighted_sums,  # (splits, N) sum of exp(z - maximum) (z - maximum) (STATISTICS)
-    stored,  # (N, V) z - reference (STORE)
-    references,  # (N,) (STORE)
+    stored,  # (N, V) z * store_scale, rounded to integers (STORE)
+    store_scale,
+    prior,  # (V,) (PRIOR)
     stride_maxima,
     stride_stored,
     N,
@@ -61,6 +63,7 @@ def walk_kernel(
     GROUP: tl.constexpr,
     STATISTICS: tl.constexpr,
     STORE: tl.constexpr,
+    PRIOR: tl.constexpr,
 ):
     row_blocks = tl.cdiv(N, BLOCK_N)
     block, part = place(row_blocks, together, parts)
@@ -75,25 +78,23 @@ def walk_kernel(
     z_sum = tl.zeros((BLOCK_N,), tl.float32)
     w = tl.zeros((BLOCK_N,), tl.float32)
     top = tl.zeros((BLOCK_N,), tl.int32)
-    if STORE:
-        reference = tl.load(references + rows, mask=rows < N, other=0.0)
     for step in range(steps):
         column = (step * parts + part) * BLOCK_V
         columns = column + tl.arange(0, BLOCK_V)
         z = product_tile(e, c, row, column, N, V, D, stride_e, stride_c, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS)
         z = to_logits(z, bias, columns, V, scale, softcap, HAS_BIAS, SCALED, CAPPED)
         if LOGIT_SUM:
-            z_sum += tl.sum(z, 1)  # columns beyond V are still 0
+            z_sum += tl.sum(prior_weighted(z, prior, columns, V, PRIOR), 1)  # columns beyond V are still 0
         if column + BLOCK_V > V:
             z = tl.where(columns[None, :] < V, z, float("-inf"))
         if STORE:
-            difference = z - reference[:, None]
+            integers = tl.floor(z * store_scale + 0.5)
             if DESCRIPTORS:
-                stored.store([row, column], difference.to(stored.dtype))
+                stored.store([row, column], integers.to(stored.dtype))
             else:
                 where = stored + rows.to(tl.int64)[:, None] * stride_stored + columns[None, :]
                 inside = (rows < N)[:, None] & (columns < V)[None, :]
-                tl.store(where, difference.to(stored.dtype.element_ty), mask=inside)
+                tl.store(where, integers.to(stored.dtype.element_ty), mask=inside)
         if GROUPS:
             group_max = tl.max(tl.reshape(z, (BLOCK_N, BLOCK_V // GROUP, GROUP)), 2)
             groups = column // GROUP + tl.arange(0, BLOCK_V // GROUP)
@@ -105,7 +106,13 @@ def walk_kernel(
         else:
             tile_max = tl.max(z, 1)
         m_new = tl.maximum(m, tile_max)
-        p = tl.exp2(z * LOG2E - (m_new * LOG2E)[:, None])
+        if STATISTICS:  # noqa: SIM108 (of two constants' branches one is compiled)
+            # Probabilities that people will read: the top one's share is exp2(0), never above.
+            exponents = (z - m_new[:, None]) * LOG2E
+        else:
+            # One multiply-add an entry. The rounded product is as good a reference as the maximum, to a rounding.
+            exponents = z * LOG2E - (m_new * LOG2E)[:, None]
+        p = tl.exp2(exponents)
         decay = tl.exp2((m - m_new) * LOG2E)
         if STATISTICS:
             first = tl.min(tl.where(z == tile_max[:, None], columns[None, :], V), 1)
@@ -132,7 +139,8 @@ def combine_kernel(
     sums,  # (parts, N)
     logit_sums,  # (parts, N)
     target_logits,  # (N,)
-    targets,  # (N,) int32, -1: ignored
+    targets,  # (N,) int32, -1: ignored, BAD: outside the vocabulary
+    masses,  # (N,) (MASSES)
     losses,  # (N,)
     logsumexps,  # (N,)
     top_tokens,  # (parts, N)
@@ -142,9 +150,10 @@ def combine_kernel(
     entropy,  # (N,)
     N,
     parts,
-    beta,
-    mean_weight,  # beta / V
+    target_weight,  # 1 - beta
+    mean_weight,
     z_loss,
+    MASSES: tl.constexpr,
     LOGIT_SUM: tl.constexpr,
     STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -174,13 +183,18 @@ def combine_kernel(
         m = m_new
     lse = m + tl.log(s)
     z_target = tl.load(target_logits + rows, mask=inside, other=0.0)
-    kept = tl.load(targets + rows, mask=inside, other=-1) >= 0
-    loss = lse - (1.0 - beta) * z_target - mean_weight * z_sum + z_loss * lse * lse
-    tl.store(losses + rows, tl.where(kept, loss, 0.0), mask=inside)
+    y = tl.load(targets + rows, mask=inside, other=-1)
+    loss = lse
+    if MASSES:
+        loss *= tl.load(masses + rows, mask=inside, other=0.0)
+    loss = loss - target_weight * z_target + z_loss * lse * lse
+    if LOGIT_SUM:
+        loss -= mean_weight * z_sum
+    tl.store(losses + rows, loss_or_not(loss, y), mask=inside)
     tl.store(logsumexps + rows, lse, mask=inside)
     if STATISTICS:
         tl.store(top_token + rows, top, mask=inside)
-        tl.store(top_logprob + rows, m - lse, mask=inside)
+        tl.store(top_logprob + rows, -tl.log(s), mask=inside)
         tl.store(entropy + rows, tl.log(s) - w / s, mask=inside)
 
 
@@ -207,16 +221,16 @@ def maxima_and_sums(
     group_maxima: Tensor | None = None,
     statistics: bool = False,
     stored: Tensor | None = None,
-    references: Tensor | None = None,
+    store_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The walk kernel's partial results, (parts, N) each."""
     N, V, device = len(operands.E), len(operands.C), operands.E.device
     schedule = operands.schedule(V)
     parts = schedule.parts
-    partial = [torch.empty(parts, N, device=device) for _ in range(2)]
-    z_sum = torch.empty(parts, N, device=device) if logit_sum else None
-    weighted = torch.empty(parts, N, device=device) if statistics else None
-    top = torch.empty(parts, N, device=device, dtype=torch.int32) if statistics else None
+    partial = [torch.empty(parts, N, dtype=torch.float32, device=device) for _ in range(2)]
+    z_sum = torch.empty(parts, N, dtype=torch.float32, device=device) if logit_sum else None
+    weighted = torch.empty(parts, N, dtype=torch.float32, device=device) if statistics else None
+    top = torch.empty(parts, N, dtype=torch.int32, device=device) if statistics else None
     walk_kernel[(schedule.programs,)](
         only=_or(only, partial[0]),
         maxima=partial[0],
@@ -226,7 +240,7 @@ def maxima_and_sums(
         top_tokens=_or(top, partial[0]),
         weighted_sums=_or(weighted, partial[0]),
         stored=partial[0] if stored is None else operands.described(stored),
-        references=_or(references, partial[0]),
+        store_scale=store_scale,
         stride_maxima=0 if group_maxima is None else group_maxima.stride(0),
         stride_stored=0 if stored is None else stored.stride(0),
         together=schedule.together,
@@ -244,31 +258,33 @@ def maxima_and_sums(
 
 def walk(
     operands: Operands,
-    targets: Tensor,  # (N,) int32, -1: ignored
-    target_logits: Tensor,  # (N,)
+    targets: Tensor,  # (N,) int32, -1: ignored, BAD: outside the vocabulary
+    target_logits: Tensor,  # (N,); with masses the sum of the targets' weighted logits
     *,
+    masses: Tensor | None = None,  # (N,) of the target distributions; None for 1
     group_maxima: Tensor | None = None,
     statistics: bool = False,
     stored: Tensor | None = None,
+    store_scale: float = 1.0,
 ) -> Walked:
-    """One pass over the vocabulary; on request with group maxima, statistics, or the logits less the target's."""
-    N, V, device = len(operands.E), len(operands.C), operands.E.device
+    """One pass over the vocabulary; on request with group maxima, statistics, or the logits as scaled integers."""
+    N, device = len(operands.E), operands.E.device
     k = operands.semantics
     maxima, sums, z_sum, top, weighted = maxima_and_sums(
         operands,
-        logit_sum=k.beta > 0,
+        logit_sum=k.beta > 0 and not operands.prior_is_rank_one,
         group_maxima=group_maxima,
         statistics=statistics,
         stored=stored,
-        references=target_logits,
+        store_scale=store_scale,
     )
-    losses, lse = torch.empty(N, device=device), torch.empty(N, device=device)
+    losses, lse = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(2))
     found = None
     if statistics:
         found = Statistics(
             torch.empty(N, dtype=torch.int32, device=device),
-            torch.empty(N, device=device),
-            torch.empty(N, device=device),
+            torch.empty(N, dtype=torch.float32, device=device),
+            torch.empty(N, dtype=torch.float32, device=device),
         )
     combine_kernel[(cdiv(N, 128),)](
         maxima,
@@ -276,6 +292,7 @@ def walk(
         _or(z_sum, sums),
         target_logits,
         targets,
+        _or(masses, sums),
         losses,
         lse,
         _or(top, sums),
@@ -285,13 +302,16 @@ def walk(
         losses if found is None else found.entropy,
         N,
         len(maxima),
-        k.beta,
-        k.mean_weight(V),
+        1.0 - k.beta if masses is None else 1.0,
+        operands.mean_weight,
         k.z_loss,
+        MASSES=masses is not None,
         LOGIT_SUM=z_sum is not None,
         STATISTICS=statistics,
         BLOCK=128,
     )
+    if operands.prior_is_rank_one:
+        losses = operands.less_mean_logits(losses, targets)
     return Walked(losses, lse, target_logits, found)
 
 
