@@ -36,6 +36,12 @@ class FinetuneConfig(Settings):
     beta: float = setting(
         0.1, "Label smoothing: how much of the target's probability is spread over all tokens.", minimum=0, below=1
     )
+    smoothing_prior: str = setting(
+        "uniform",
+        "What is smoothed towards: uniform, unigram (the training targets' frequencies), or a .npy file of one "
+        "probability for each token.",
+        metavar="uniform|unigram|FILE",
+    )
     output: Path | None = setting(
         None, "Folder for the run: new or empty.", shown_default="runs/finetune-MODEL-betaB", flags=("--output", "-o")
     )
@@ -328,6 +334,10 @@ class FinetuneConfig(Settings):
         ):
             if value is not None:
                 raise UsageError(f"{flag} {value}: goes with data that has an end, not with --streaming; {instead}")
+        if self.smoothing_prior == "unigram":
+            raise UsageError(
+                "--smoothing-prior unigram: a stream's targets can't be counted before it is read; give a .npy file"
+            )
         if self.eval_every and self.eval_dataset is None:
             raise UsageError("--eval-every: nothing can be held out of a stream; give --eval-dataset")
 

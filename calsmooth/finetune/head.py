@@ -39,7 +39,7 @@ IGNORED = -100
 class FusedOutput(ModelOutput):
     """What the model gives instead of logits."""
 
-    loss: Tensor | None = None  # summed over the targets
+    loss: Tensor | None = None  # summed over the targets, over the divisor
     kept_mass: Tensor | None = None  # summed over the targets, with mode='filtered'
     statistics: Tensor | None = None  # (len(STATISTICS), targets), where they were asked for
 
@@ -52,13 +52,20 @@ probability mass that the loss's gradient keeps (1 unless it is filtered)."""
 
 @contextmanager
 def fused_loss(
-    model: "PreTrainedModel", beta: float, *, mode: str = "exact", temperature: float = 1.0
+    model: "PreTrainedModel",
+    beta: float,
+    *,
+    mode: str = "exact",
+    temperature: float = 1.0,
+    smoothing_prior: Tensor | None = None,
 ) -> Iterator[Head]:
     """Within the block, `model(..., labels=labels).loss` is the label-smoothed loss summed over the target tokens.
 
-    With `measure=True` as well, the model gives `statistics` instead of a loss. labels: (B, T), -100 where nothing is
-    to be learned; shifted here, as in every causal model of transformers. mode: of the loss's gradients (see
-    `linear_cross_entropy`). temperature: the logits, softcapped or not, are divided by it.
+    With `measure=True` as well, the model gives `statistics` instead of a loss, with `divisor=` the loss divided by
+    that, which costs less than dividing it afterwards. labels: (B, T), -100 where nothing is to be learned; shifted
+    here, as in every causal model of transformers. mode: of the loss's gradients (see `linear_cross_entropy`).
+    temperature: the logits, softcapped or not, are divided by it. smoothing_prior: (vocabulary,), the distribution
+    that is smoothed towards; the uniform one if None.
 
     Raises:
         CalsmoothError: the model has no plain linear head, or does to its logits what can't be told to the loss.
@@ -70,37 +77,53 @@ def fused_loss(
         head = replace(head, scale=head.scale / temperature, softcap=softcap)
 
     def head_forward(
-        self: nn.Linear, hidden_states: Tensor, targets: Tensor | None = None, measure: bool = False
+        self: nn.Linear,
+        hidden_states: Tensor,
+        targets: Tensor | None = None,
+        measure: bool = False,
+        divisor: float | Tensor | None = None,
     ) -> Tensor | FusedOutput:
         if targets is None:
             return nn.Linear.forward(self, hidden_states)
         if measure:
             return FusedOutput(statistics=measured(head, hidden_states, targets, mode))
+        prior = None if smoothing_prior is None else smoothing_prior.to(hidden_states.device)
         if isinstance(self.weight, DTensor):
-            return FusedOutput(loss=sharded_loss(head, hidden_states, targets, beta, mode))
-        kept = torch.empty(len(targets), device=targets.device) if mode == "filtered" else None
+            return FusedOutput(loss=sharded_loss(head, hidden_states, targets, beta, mode, prior, divisor))
+        kept = None
+        if mode == "filtered":
+            kept = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
         loss = linear_cross_entropy(
             hidden_states,
             head.weight,
             targets,
             bias=head.bias,
             label_smoothing=beta,
+            smoothing_prior=prior,
             reduction="sum",
+            divisor=divisor,
             softcap=head.softcap,
             scale=head.scale,
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             kept_mass=kept,
         )
         return FusedOutput(loss=loss, kept_mass=None if kept is None else kept.sum())
 
-    def model_forward(self: "PreTrainedModel", *, labels: Tensor, measure: bool = False, **inputs: Any) -> FusedOutput:
+    def model_forward(
+        self: "PreTrainedModel",
+        *,
+        labels: Tensor,
+        measure: bool = False,
+        divisor: float | Tensor | None = None,
+        **inputs: Any,
+    ) -> FusedOutput:
         hidden_states, outputs = run_without_head(self, head, **inputs)  # (B, T, D)
         targets = labels[:, 1:]
         wanted = targets != IGNORED
-        found = head.module(hidden_states[:, :-1][wanted], targets=targets[wanted], measure=measure)
+        found = head.module(hidden_states[:, :-1][wanted], targets=targets[wanted], measure=measure, divisor=divisor)
         balance = None if measure else balance_loss(self, outputs)
         if balance is not None:
-            found.loss = found.loss + balance * wanted.sum()
+            found.loss = found.loss + balance * (wanted.sum() if divisor is None else wanted.sum() / divisor)
         return found
 
     with _in_place_of(head.module, head_forward), _in_place_of(model, model_forward):
@@ -120,8 +143,16 @@ def _in_place_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Non
             module.forward = before
 
 
-def sharded_loss(head: Head, hidden_states: Tensor, targets: Tensor, beta: float, mode: str = "exact") -> Tensor:
-    """The summed loss where tensor parallelism has given every process some rows of the head.
+def sharded_loss(
+    head: Head,
+    hidden_states: Tensor,
+    targets: Tensor,
+    beta: float,
+    mode: str = "exact",
+    smoothing_prior: Tensor | None = None,
+    divisor: float | Tensor | None = None,
+) -> Tensor:
+    """The summed loss, over the divisor, where tensor parallelism has given every process some rows of the head.
 
     hidden_states, targets: (N, D) and (N,), the same on every process; so is the loss.
 
@@ -137,16 +168,19 @@ def sharded_loss(head: Head, hidden_states: Tensor, targets: Tensor, beta: float
             f"sharded over one dimension, {head.vocabulary} of them, and --loss-mode exact"
         )
     rows = -(-len(weight) // mesh.size())  # of each process but the last ones
+    first = min(mesh.get_local_rank() * rows, len(weight))
     return vocab_parallel_linear_cross_entropy(
         hidden_states.to_local() if isinstance(hidden_states, DTensor) else hidden_states,
         weight.to_local(),
         targets,
-        first=min(mesh.get_local_rank() * rows, len(weight)),
+        first=first,
         vocabulary=len(weight),
         group=mesh.get_group(),
         bias_shard=None if bias is None else bias.to_local(),
         label_smoothing=beta,
+        smoothing_prior_shard=None if smoothing_prior is None else smoothing_prior[first : first + rows],
         reduction="sum",
+        divisor=divisor,
         softcap=head.softcap,
         scale=head.scale,
     )
@@ -164,14 +198,14 @@ def measured(head: Head, hidden_states: Tensor, targets: Tensor, mode: str = "ex
     options: dict[str, Any] = {"bias": bias, "softcap": head.softcap, "scale": head.scale}
     found = token_statistics(hidden_states, weight, targets, **options)
     # With all the probability smoothed away, the loss is logsumexp - mean logit: the mean needs no walk of its own.
-    kept = torch.ones(len(targets), device=targets.device)
+    kept = torch.ones(len(targets), dtype=torch.float32, device=targets.device)
     uniform = linear_cross_entropy(
         hidden_states,
         weight,
         targets,
         label_smoothing=1.0,
         reduction="none",
-        mode=mode,  # type: ignore[arg-type]
+        mode=mode,
         kept_mass=kept,
         **options,
     )

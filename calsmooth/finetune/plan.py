@@ -17,6 +17,7 @@ from calsmooth.finetune.config import FinetuneConfig
 from calsmooth.finetune.evaluation import choose_held_out
 from calsmooth.finetune.fit import fastest, micro_batch_candidates, packed_tokens
 from calsmooth.finetune.order import EpochOrder
+from calsmooth.finetune.prior import check_prior_file
 from calsmooth.finetune.stream import StepStream
 from calsmooth.models import check_vocabulary, load_config, load_tokenizer, pick_device, pick_dtype
 
@@ -115,6 +116,7 @@ def prepare(config: FinetuneConfig, processes: int = 1) -> "tuple[Plan, PreTrain
     config = config.resolve()
     device = pick_device(config.device)
     _check_batch_size(config, processes)
+    check_prior_file(config.smoothing_prior)
     batch_size, epochs, max_length = int(config.batch_size or 0), int(config.epochs or 0), int(config.max_length or 0)
     tokenizer = load_tokenizer(config.model, config.revision)
     reading: dict[str, Any] = {

@@ -112,7 +112,7 @@ def model_card(
 
 Supervised fine-tuning of `{settings["model"]}` on {data} with
 calsmooth: cross-entropy on the response tokens, label smoothing
-beta = {settings["beta"]:g}.
+beta = {settings["beta"]:g} towards {_prior_name(settings["smoothing_prior"])}.
 
 | result | |
 |---|---|
@@ -133,6 +133,11 @@ is right can be measured with `calsmooth evaluate --model FOLDER`.
 Made with {used}.
 """
     )
+
+
+def _prior_name(choice: str) -> str:
+    names = {"uniform": "the uniform distribution", "unigram": "the unigram distribution of the targets"}
+    return names.get(choice, f"the distribution in `{choice}`")
 
 
 def _cell(value: Any) -> str:

@@ -12,6 +12,7 @@ from calsmooth.config import load
 from calsmooth.errors import UsageError
 from calsmooth.files import read_json, write_json, write_text
 from calsmooth.finetune.config import FinetuneConfig
+from calsmooth.finetune.prior import UNIFORM, UNIGRAM
 
 if TYPE_CHECKING:
     from calsmooth.finetune.plan import Plan
@@ -87,6 +88,8 @@ def check_same_data(plan: "Plan", folder: Path) -> None:
 def data_summary(plan: "Plan") -> dict[str, Any]:
     examples = plan.examples.examples
     checksum = zlib.crc32(examples.learned.data, zlib.crc32(examples.tokens.data))
+    if plan.config.smoothing_prior not in (UNIFORM, UNIGRAM):
+        checksum = zlib.crc32(Path(plan.config.smoothing_prior).read_bytes(), checksum)
     return {"examples": len(examples), "tokens": len(examples.tokens), "checksum": f"{checksum:08x}"}
 
 

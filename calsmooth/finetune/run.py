@@ -33,6 +33,7 @@ from calsmooth.finetune.lora import add_adapters
 from calsmooth.finetune.meter import BadStepError
 from calsmooth.finetune.packing import check_packing, collator
 from calsmooth.finetune.plan import Plan, prepare
+from calsmooth.finetune.prior import smoothing_prior
 from calsmooth.finetune.probe import ProbeResult, every_parameter_takes_part, probe, probe_batch
 from calsmooth.finetune.recording import METRICS, metrics_recorder, report_bad_step, summarize_metrics, tensorboard
 from calsmooth.finetune.results import write_results
@@ -49,6 +50,7 @@ from calsmooth.finetune.stopping import StoppedError, stop_requests
 from calsmooth.finetune.trackers import check_login, reports
 from calsmooth.finetune.trainer import SFTTrainer
 from calsmooth.finetune.zero3 import check_checkpoint, deepspeed
+from calsmooth.heads import find_head
 from calsmooth.models import load_config, load_model, pick_device, pick_dtype
 from calsmooth.processes import Processes, joined
 
@@ -225,7 +227,13 @@ def _train(
         metrics_recorder(folder / METRICS, done, plan.steps, report, writes=processes.first) as record,
         stop_requests() as stop,
         _layers(config, model),
-        fused_loss(model, config.beta, mode=config.loss_mode, temperature=config.logit_temperature),
+        fused_loss(
+            model,
+            config.beta,
+            mode=config.loss_mode,
+            temperature=config.logit_temperature,
+            smoothing_prior=smoothing_prior(plan, find_head(model).vocabulary, device),
+        ),
         _random_state_kept(),
     ):
         set_seed(config.seed)

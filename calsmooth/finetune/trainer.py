@@ -152,16 +152,20 @@ class SFTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        outputs = model(**inputs)
-        loss = outputs["loss"]
         if num_items_in_batch is None:
             raise CalsmoothError("this version of transformers doesn't count the targets of a batch; use 5.17 or newer")
-        self.meter.count(num_items_in_batch, loss.detach(), outputs.get("kept_mass"), inputs)
+        divisor: Tensor | None = None
         if self.loss_reduction == "mean":
             # A tensor stays one: its number would have to be waited for.
-            loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
-        # Gradients are averaged over the processes; theirs is a sum.
-        loss = loss * self.processes.count
+            items = torch.as_tensor(num_items_in_batch, device=self.args.device, dtype=torch.float32).clamp(min=1)
+            # Gradients are averaged over the processes; theirs is a sum.
+            divisor = items / self.processes.count
+            outputs = model(**inputs, divisor=divisor)
+            loss, total = outputs["loss"], outputs["loss"].detach() * divisor
+        else:
+            outputs = model(**inputs)
+            loss, total = outputs["loss"] * self.processes.count, outputs["loss"].detach()
+        self.meter.count(num_items_in_batch, total, outputs.get("kept_mass"), inputs)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
