@@ -5,6 +5,9 @@ from pathlib import Path
 
 # Read when torch loads its thread pool; as `calsmooth` itself does: threads that wait don't spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Tests run side by side, a process a core: more threads in each would only wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -32,7 +32,7 @@ from calsmooth.loss.statistics import _fused as fused_statistics
 # Overflows to infinity are what the guards look for.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-SHAPES = [(33, 75, 20), (1, 40, 36), (5, 7, 8)]  # N, V, D
+SHAPES = [(19, 43, 20), (1, 40, 36), (5, 7, 8)]  # N, V, D
 
 
 def make(N: int, V: int, D: int, *, dtype: torch.dtype = torch.float32, ignored: int = 2) -> list[Tensor]:
@@ -386,7 +386,7 @@ def test_keys_sort_by_column_then_token(N: int, V: int) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [(33, 75, 20), *SHAPES[1:]], ids=str)
 def test_logits_that_fit_at_once(
     shape: tuple[int, int, int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
