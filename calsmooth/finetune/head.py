@@ -61,6 +61,7 @@ def fused_loss(
 ) -> Iterator[Head]:
     """Within the block, `model(..., labels=labels).loss` is the label-smoothed loss summed over the target tokens.
 
+    Without labels the model does what it does outside of the block. A copy or a pickle of it made inside can't be used.
     With `measure=True` as well, the model gives `statistics` instead of a loss, with `divisor=` the loss divided by
     that, which costs less than dividing it afterwards. labels: (B, T), -100 where nothing is to be learned; shifted
     here, as in every causal model of transformers. mode: of the loss's gradients (see `linear_cross_entropy`).
@@ -109,14 +110,21 @@ def fused_loss(
         )
         return FusedOutput(loss=loss, kept_mass=None if kept is None else kept.sum())
 
+    own_forward = model.forward
+
     def model_forward(
         self: "PreTrainedModel",
+        input_ids: Tensor | None = None,
         *,
-        labels: Tensor,
+        labels: Tensor | None = None,
         measure: bool = False,
         divisor: float | Tensor | None = None,
         **inputs: Any,
     ) -> FusedOutput:
+        if input_ids is not None:
+            inputs["input_ids"] = input_ids
+        if labels is None:  # to generate, say: as if nothing were patched
+            return own_forward(**inputs)
         hidden_states, outputs = run_without_head(self, head, **inputs)  # (B, T, D)
         targets = labels[:, 1:]
         wanted = targets != IGNORED

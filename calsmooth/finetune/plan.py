@@ -17,7 +17,7 @@ from calsmooth.finetune.config import FinetuneConfig
 from calsmooth.finetune.evaluation import choose_held_out
 from calsmooth.finetune.fit import fastest, micro_batch_candidates, packed_tokens
 from calsmooth.finetune.order import EpochOrder
-from calsmooth.finetune.prior import check_prior_file
+from calsmooth.finetune.prior import check_prior
 from calsmooth.finetune.stream import StepStream
 from calsmooth.models import check_vocabulary, load_config, load_tokenizer, pick_device, pick_dtype
 
@@ -116,8 +116,9 @@ def prepare(config: FinetuneConfig, processes: int = 1) -> "tuple[Plan, PreTrain
     config = config.resolve()
     device = pick_device(config.device)
     _check_batch_size(config, processes)
-    check_prior_file(config.smoothing_prior)
     batch_size, epochs, max_length = int(config.batch_size or 0), int(config.epochs or 0), int(config.max_length or 0)
+    model_config = load_config(config.model, config.revision)
+    check_prior(config.smoothing_prior, getattr(model_config.get_text_config(decoder=True), "vocab_size", None))
     tokenizer = load_tokenizer(config.model, config.revision)
     reading: dict[str, Any] = {
         "format": config.format,
@@ -135,7 +136,7 @@ def prepare(config: FinetuneConfig, processes: int = 1) -> "tuple[Plan, PreTrain
         endless = None
         examples = load_example_set(config.dataset, tokenizer, limit=config.limit, cache=config.cache, **reading)
     highest = max(int(examples.examples.tokens.max()), tokenizer.pad_token_id or 0)
-    check_vocabulary(config.model, load_config(config.model, config.revision), highest)
+    check_vocabulary(config.model, model_config, highest)
     held_out, evaluation = _held_out(config, examples, tokenizer)
     order = epoch_order(config, examples, held_out)
     steps = epochs * -(-len(order) // batch_size)

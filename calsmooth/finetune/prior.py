@@ -45,12 +45,14 @@ def _unigram(plan: "Plan", vocabulary: int) -> np.ndarray:
     return counts / counts.sum()
 
 
-def check_prior_file(choice: str) -> None:
+def check_prior(choice: str, vocabulary: int | None) -> None:
     """Raises:
-    UsageError: --smoothing-prior names a file that holds no distribution; of how many tokens it must be shows later.
+    UsageError: --smoothing-prior names a file that holds no distribution over the vocabulary.
     """
+    if not choice:
+        raise UsageError("--smoothing-prior is empty; expected uniform, unigram, or a .npy file")
     if choice not in (UNIFORM, UNIGRAM):
-        read_prior(Path(choice))
+        read_prior(Path(choice), vocabulary)
 
 
 def read_prior(path: Path, vocabulary: int | None = None) -> np.ndarray:
@@ -61,14 +63,19 @@ def read_prior(path: Path, vocabulary: int | None = None) -> np.ndarray:
     """
     try:
         values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (ValueError, EOFError) as error:  # numpy's own words advise to load it all the same
+        raise UsageError(
+            f"--smoothing-prior {path}: isn't a .npy file of numbers; expected uniform, unigram, or such a file of one "
+            "probability for each token"
+        ) from error
+    except OSError as error:
         raise UsageError(
             f"--smoothing-prior {path}: can't be read as an array ({brief(error)}); expected uniform, unigram, or a "
             ".npy file of one probability for each token"
         ) from error
     length = "vocabulary" if vocabulary is None else vocabulary
     if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in "fiu":
-        kind = f"{values.dtype} {values.shape}" if isinstance(values, np.ndarray) else "several arrays"
+        kind = f"{values.dtype} {values.shape}" if isinstance(values, np.ndarray) else "an archive"
         raise UsageError(f"--smoothing-prior {path}: holds {kind}; expected numbers of shape ({length},)")
     if vocabulary is not None and len(values) != vocabulary:
         raise UsageError(

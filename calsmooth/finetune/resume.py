@@ -77,6 +77,11 @@ def check_same_data(plan: "Plan", folder: Path) -> None:
     if not (folder / DATA).exists():
         return
     was, now = read_json(folder / DATA), data_summary(plan)
+    if was.get("smoothing_prior") != now.get("smoothing_prior"):
+        raise UsageError(
+            f"--resume: {plan.config.smoothing_prior} (smoothing_prior) isn't what the run in {folder} began with; "
+            "bring the old file back, or leave --resume out to start a new run"
+        )
     if was != now:
         raise UsageError(
             f"--resume: the data isn't what the run in {folder} began with ({was['examples']:,} examples of "
@@ -88,9 +93,10 @@ def check_same_data(plan: "Plan", folder: Path) -> None:
 def data_summary(plan: "Plan") -> dict[str, Any]:
     examples = plan.examples.examples
     checksum = zlib.crc32(examples.learned.data, zlib.crc32(examples.tokens.data))
+    summary = {"examples": len(examples), "tokens": len(examples.tokens), "checksum": f"{checksum:08x}"}
     if plan.config.smoothing_prior not in (UNIFORM, UNIGRAM):
-        checksum = zlib.crc32(Path(plan.config.smoothing_prior).read_bytes(), checksum)
-    return {"examples": len(examples), "tokens": len(examples.tokens), "checksum": f"{checksum:08x}"}
+        summary["smoothing_prior"] = f"{zlib.crc32(Path(plan.config.smoothing_prior).read_bytes()):08x}"
+    return summary
 
 
 def remove_half_written(folder: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from calsmooth.errors import UsageError
 from calsmooth.loss import chunked, fused
 from calsmooth.loss.problem import Problem, compute_dtype
-from calsmooth.loss.reference import shifted
+from calsmooth.loss.reference import normalized, shifted
 
 MODES = ("exact", "filtered", "lean")
 
@@ -76,12 +76,12 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options are those below
             vocabulary makes the loss NaN (with 'none', its own).
         bias: (V,), added to the raw logits.
         label_smoothing: beta in [0, 1]: the target distribution is (1 - beta) onehot + beta prior.
-        smoothing_prior: (V,) floating point, not negative, of sum 1: the distribution smoothed towards (the unigram
-            distribution of the targets, say); None for the uniform one, 1 / V.
+        smoothing_prior: (V,) floating point, not negative, of sum 1 (to 1e-3; the rest is divided out): the
+            distribution smoothed towards (the unigram distribution of the targets, say); None for 1 / V each.
         class_weights: (V,) floating point, not negative: torch's `weight`. The target distribution is multiplied by
-            it, and a mean is weighted by the targets' own.
+            it, and a mean with one target a token is weighted by the targets' own.
         token_weights: (...) floating point, shaped like the hidden states without D: each token's loss is multiplied by
-            it, and a mean is weighted by it.
+            it, and a mean is weighted by it. Of the token that is predicted: `shift` shifts them with the targets.
         target_probabilities: (..., K) floating point, not negative: targets are then (..., K) too, and the onehot
             becomes sum_k probability_k onehot(target_k): a teacher's top K, say, or annotators' shares. Places that
             hold `ignore_index` are none; a token without any is ignored. Rows needn't sum to 1, as in torch.
@@ -121,7 +121,8 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options are those below
     Returns:
         The loss, float32, or float64 for float64 inputs; a scalar unless reduction is 'none'. With return_logsumexp
         (loss, logsumexp), the latter (...) for all tokens, 0 for ignored ones. Both are differentiable once in
-        hidden_states, lm_head_weight and bias; what doesn't require a gradient costs nothing. Second derivatives raise.
+        hidden_states, lm_head_weight and bias; what doesn't require a gradient costs nothing. Second derivatives
+        raise, as do weights, priors and divisors that require a gradient; torch.func's transforms aren't supported.
 
     Raises:
         UsageError: shapes, dtypes or devices don't fit together, an option is outside its range, or (CPU) a target
@@ -239,6 +240,7 @@ def prepare(
     def plain(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().to(compute)
 
+    prior = plain(smoothing_prior)
     problem = Problem(
         hidden_states=hidden_states.flatten(0, -2),
         lm_head_weight=lm_head_weight,
@@ -254,11 +256,11 @@ def prepare(
         filter_eps=float(filter_eps),
         head_gradient_dtype=head_dtype,
         kept_mass=None if kept_mass is None else kept_mass.view(-1),
-        smoothing_prior=plain(smoothing_prior),
+        smoothing_prior=prior if prior is None or vocabulary is not None else normalized(prior),
         class_weights=plain(class_weights),
         token_weights=plain(None if token_weights is None else token_weights.flatten()),
         target_probabilities=plain(None if target_probabilities is None else target_probabilities.flatten(0, -2)),
-        divisor=divisor.detach() if isinstance(divisor, Tensor) else divisor,
+        divisor=divisor.detach().reshape(()) if isinstance(divisor, Tensor) else divisor,
         return_logsumexp=return_logsumexp,
     )
     return problem, shape
@@ -335,8 +337,8 @@ def _check_options(
         raise UsageError(f"scale must be a finite number, got {scale}")
     if not 0 <= z_loss < math.inf:
         raise UsageError(f"z_loss must be 0 or above and finite, got {z_loss}")
-    if not shift >= 0:
-        raise UsageError(f"shift must not be negative, got {shift}")
+    if not isinstance(shift, int) or shift < 0:
+        raise UsageError(f"shift must be True, False or a number of positions, got {shift!r}")
     if mode not in MODES:
         raise UsageError(f"mode must be 'exact', 'filtered' or 'lean', got {mode!r}")
     if not 0.0 < filter_eps < 1.0:
@@ -348,6 +350,10 @@ def _check_weights(hidden_states: Tensor, weights: dict[str, tuple[Tensor | None
     for name, (weight, expected) in weights.items():
         if weight is None:
             continue
+        if not isinstance(weight, Tensor):
+            raise UsageError(f"{name} is a {type(weight).__name__}; expected a tensor {tuple(expected)}")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise UsageError(f"{name} requires a gradient, which this loss doesn't make; detach it")
         if weight.shape != expected or not weight.is_floating_point():
             raise UsageError(
                 f"{name} is {tuple(weight.shape)} {weight.dtype}; expected {tuple(expected)}, floating point"
@@ -370,8 +376,10 @@ def _check_divisor(divisor: float | Tensor, reduction: str) -> None:
     if isinstance(divisor, Tensor):
         if divisor.numel() != 1:
             raise UsageError(f"divisor has {divisor.numel()} elements; expected a number or a tensor of one")
-    elif not 0 < divisor < math.inf:
-        raise UsageError(f"divisor must be above 0 and finite, got {divisor}")
+        if divisor.requires_grad and torch.is_grad_enabled():
+            raise UsageError("divisor requires a gradient, which this loss doesn't make; detach it")
+    elif not isinstance(divisor, (int, float)) or not 0 < divisor < math.inf:
+        raise UsageError(f"divisor must be above 0 and finite, got {divisor!r}")
 
 
 def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:

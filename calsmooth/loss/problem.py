@@ -13,6 +13,7 @@ so dL_i/dz_iv = (mass_i + 2 z_loss logsumexp(z_i)) p_iv - target weights at the 
 is sum_i weight_i L_i, or the products one by one.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -84,7 +85,7 @@ class Problem:
         """(N,), compute dtype: each token's share of the result; 0 where ignored.
 
         A mean is torch's: over the tokens that aren't ignored, weighted by their token weights and, with one target a
-        token, by its class weight; no tokens at all give 0.
+        token, by its class weight; where all of that is 0, so is the mean.
         """
         weights = self.has_target().to(compute_dtype(self.hidden_states))
         if self.token_weights is not None:
@@ -95,7 +96,7 @@ class Problem:
                 places = self.targets.long().clamp(0, len(self.class_weights) - 1)
                 shares = weights * self.class_weights[places]
             total = shares.sum()
-            weights = weights / torch.where(total == 0, 1.0, total)
+            weights = weights / torch.where(total == 0, math.inf, total)
         return weights if self.divisor is None else weights / self.divisor
 
 

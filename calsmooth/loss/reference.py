@@ -1,5 +1,7 @@
 """The definition: full logits and one line a step. Slow and large on purpose; everything else must equal it."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,7 +63,9 @@ def linear_cross_entropy_reference(
     probabilities = named.to(compute)
     if target_probabilities is not None:
         probabilities = probabilities * target_probabilities.reshape(N, K).to(compute)
-    prior = logits.new_full((V,), 1.0 / max(V, 1)) if smoothing_prior is None else smoothing_prior.to(compute)
+    prior = logits.new_full((V,), 1.0 / max(V, 1))
+    if smoothing_prior is not None:
+        prior = normalized(smoothing_prior.to(compute))
     distribution = (label_smoothing * prior).expand(N, V)
     distribution = distribution.scatter_add(1, ids.masked_fill(~named, 0), (1.0 - label_smoothing) * probabilities)
     if class_weights is not None:
@@ -74,6 +78,8 @@ def linear_cross_entropy_reference(
     if token_weights is not None:
         weights = weights * token_weights.reshape(N).to(compute)
     losses = torch.where(named.any(1), losses * weights, 0.0)
+    if isinstance(divisor, Tensor):
+        divisor = divisor.reshape(())
     if reduction == "none":
         return (losses if divisor is None else losses / divisor).view(shape)
     if reduction == "sum":
@@ -81,7 +87,12 @@ def linear_cross_entropy_reference(
     if class_weights is not None and target_probabilities is None:
         weights = weights * class_weights.to(compute)[ids.masked_fill(~named, 0).squeeze(1)]
     total = weights.sum()
-    return losses.sum() / torch.where(total == 0, 1.0, total)
+    return losses.sum() / torch.where(total == 0, math.inf, total)
+
+
+def normalized(prior: Tensor) -> Tensor:
+    """Of sum 1 to the last digit: low-precision probabilities sum to a little more or less."""
+    return prior / prior.sum()
 
 
 def shifted(

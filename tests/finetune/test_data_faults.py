@@ -27,7 +27,11 @@ FILES = {
 FAULTS = [
     ("missing.jsonl", 2, "--dataset missing.jsonl: no such file; give a file, a folder or a hub id such as org/name"),
     ("*.nothing", 2, "--dataset *.nothing: no file matches; give a file, a pattern, a folder or a hub id"),
-    ("rows.txt", 2, "--dataset rows.txt: unknown file type; expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
+    (
+        "rows.txt",
+        2,
+        "--dataset rows.txt: unknown file type; expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet",
+    ),
     ("good.jsonl=0", 2, "--dataset good.jsonl=0: a weight must be a number above 0, got '0'"),
     ("good.jsonl=1,text.jsonl", 2, "--dataset text.jsonl: has no weight and others have; give all one (=0.5) or none"),
     ("good.jsonl#test", 2, "--dataset good.jsonl#test: a file has no splits; leave '#test' out"),

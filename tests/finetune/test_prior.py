@@ -58,7 +58,11 @@ def test_the_models_loss_smooths_towards_it(model_folder: Path, vocabulary: int)
     )
     with fused_loss(model, 0.3, smoothing_prior=prior):
         torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
-        torch.testing.assert_close(model(input_ids=ids, labels=ids, divisor=torch.tensor(7.0)).loss, expected / 7)
+        torch.testing.assert_close(model(ids, labels=ids, divisor=torch.tensor(7.0)).loss, expected / 7)
+        logits = model(ids).logits  # to generate, say: as it is outside of the block
+        generated = model.generate(ids[:1], max_new_tokens=2, do_sample=False, pad_token_id=0)
+    torch.testing.assert_close(logits, model(ids).logits)
+    assert torch.equal(generated, model.generate(ids[:1], max_new_tokens=2, do_sample=False, pad_token_id=0))
 
 
 def test_a_file_of_the_uniform_distribution_trains_as_the_default(
@@ -92,13 +96,16 @@ def test_a_file_that_holds_no_distribution_is_named(values: np.ndarray, message:
 
 def test_mistakes_end_in_one_line_before_the_model_is_loaded(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "text.npy").write_text("no array")
+    np.save(tmp_path / "short.npy", np.full(7, 1 / 7))
     for choice, message in (
         ("unigramm", "can't be read as an array"),
-        (str(tmp_path / "text.npy"), "can't be read as an array"),
+        ("", "--smoothing-prior is empty"),
+        (str(tmp_path / "text.npy"), "isn't a .npy file of numbers"),
+        (str(tmp_path / "short.npy"), "holds 7 probabilities; expected 768"),
         ("unigram", "a stream's targets can't be counted"),
     ):
         command = [sys.executable, "-m", "calsmooth", "finetune", "--smoothing-prior", choice]
-        command += ["--output", str(tmp_path / "run"), "--device", "cpu"]
+        command += ["--output", str(tmp_path / "run"), "--device", "cpu", "--dry-run"]
         if choice == "unigram":
             command += ["--streaming", "--max-steps", "1", "--dataset", str(dataset)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -118,5 +125,5 @@ def test_a_changed_file_isnt_gone_on_with(
     (tmp_path / "run" / "COMPLETED").unlink()
     values = np.arange(vocabulary, dtype=np.float64)
     np.save(path, values / values.sum())
-    with pytest.raises(UsageError, match=r"the data isn't what the run in .* began with"):
+    with pytest.raises(UsageError, match=r"prior.npy \(smoothing_prior\) isn't what the run in .* began with"):
         run(config(model_folder, dataset, tmp_path / "run", smoothing_prior=str(path), resume=True))

@@ -109,6 +109,38 @@ def test_token_weights_weigh_the_mean() -> None:
     assert nothing == 0
 
 
+def test_a_prior_in_low_precision_is_a_distribution_all_the_same() -> None:
+    E, C, y = make(20, 300, 5)
+    prior = shares(300).bfloat16()
+    assert prior.double().sum() != 1
+    options: Any = dict(smoothing_prior=prior, label_smoothing=0.5)
+    expected = linear_cross_entropy_reference(E, C, y, **options)
+    assert_same(linear_cross_entropy(E, C, y, **options), expected, [E, C])
+    weighted = linear_cross_entropy(E, C, y, class_weights=torch.ones(300), **options)
+    assert_same(weighted, expected, [E, C])
+
+
+def test_a_mean_of_no_weight_is_0() -> None:
+    E, C, y = make(20, 30, 5)
+    weights = torch.ones(30)
+    weights[y] = 0.0
+    for options in (dict(class_weights=weights, label_smoothing=0.1), dict(token_weights=torch.zeros(20))):
+        loss = linear_cross_entropy(E, C, y, **options)
+        assert loss == linear_cross_entropy_reference(E, C, y, **options) == 0
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, [E, C]))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_divisor_of_any_shape(reduction: Any) -> None:
+    E, C, y = make(20, 30, 5)
+    expected = linear_cross_entropy(E, C, y, reduction=reduction) / 7
+    for divisor in (7, 7.0, torch.tensor(7), torch.tensor([7.0]), torch.tensor([[7.0]])):
+        for function in (linear_cross_entropy, linear_cross_entropy_reference):
+            loss = function(E, C, y, reduction=reduction, divisor=divisor)
+            assert loss.shape == expected.shape
+            torch.testing.assert_close(loss, expected)
+
+
 # --- everything against the definition -------------------------------------------------------------------------------
 
 
