@@ -153,12 +153,12 @@ def _filtered(p: Problem, E: Tensor, tokens: _Tokens, kept: Tensor) -> _Tokens:
     places = torch.searchsorted(kept, sampled)
     dtype = compute_dtype(E)
     tail = _Tail(p.filter_eps, places, stands_for.to(dtype), torch.zeros(len(C), dtype=dtype, device=E.device))
-    for chunk, z, _ in _logits(E.detach()[places], C, bias, tokens):
+    for chunk, z, _ in logits_by_chunks(E.detach()[places], C, bias, tokens.scale, tokens.softcap):
         softmax = z.softmax(1)
         tail.shape.add_((softmax * tail.left_out(softmax, tokens.targets[places][chunk])).sum(0))
     tail.shape.div_(tail.shape.sum().clamp(min=torch.finfo(dtype).tiny))
     mass = torch.empty(len(E), dtype=dtype, device=E.device)
-    for chunk, z, _ in _logits(E.detach(), C, bias, tokens):
+    for chunk, z, _ in logits_by_chunks(E.detach(), C, bias, tokens.scale, tokens.softcap):
         softmax = z.softmax(1)
         mass[chunk] = 1.0 - (softmax * tail.left_out(softmax, tokens.targets[chunk])).sum(1)
     exact = bool((1.0 - mass).mean() > MOST_REPLACED)
@@ -227,7 +227,7 @@ def _walk(
     bias_mean = 0.0 if bias is None or not rank_one else _weighted_sum(bias.to(dtype), shares)
 
     # A sum over several chunks must not be rounded to low precision after each.
-    several = _chunk_rows(V, dtype, tokens) < n
+    several = chunk_rows(V, dtype, 1 if softcap is None else 2) < n
     dC_sum = None
     if need_C:
         dC_sum = torch.zeros(C.shape, dtype=dtype if several else tokens.head_dtype, device=C.device)
@@ -235,7 +235,7 @@ def _walk(
         mean = (grads @ E.to(dtype)) * (-scale * beta)
         dC_sum += mean / V if tokens.smoothing is None else torch.outer(tokens.smoothing, mean)
 
-    for chunk, z, slope in _logits(E, C, bias, tokens):
+    for chunk, z, slope in logits_by_chunks(E, C, bias, scale, softcap):
         e, t, token = E[chunk], tokens.targets[chunk], tokens.rows(chunk)
         z_target = z.gather(1, t)
         if head_mean is not None:
@@ -300,7 +300,7 @@ def _add_corrections(
 ) -> None:
     """Exact less replaced gradient of the sampled tokens, times how many tokens each stands for."""
     own, e, g = tokens.rows(tail.sampled), E[tail.sampled], grads[tail.sampled]
-    for chunk, z, slope in _logits(e, C, bias, tokens):
+    for chunk, z, slope in logits_by_chunks(e, C, bias, tokens.scale, tokens.softcap):
         lse = z.logsumexp(1, keepdim=True)
         softmax = (z - lse).exp()
         left_out = tail.left_out(softmax, own.targets[chunk])
@@ -316,16 +316,21 @@ def _add_corrections(
             dbias += correction.sum(0)
 
 
-def _chunk_rows(V: int, dtype: torch.dtype, tokens: _Tokens) -> int:
-    return max(1, CHUNK_BYTES // (max(V, 1) * dtype.itemsize * (1 if tokens.softcap is None else 2)))
+def chunk_rows(V: int, dtype: torch.dtype, copies: int) -> int:
+    """Tokens a chunk, `copies` of whose logits are held at a time."""
+    return max(1, CHUNK_BYTES // (max(V, 1) * dtype.itemsize * copies))
 
 
-def _logits(
-    E: Tensor, C: Tensor, bias: Tensor | None, tokens: _Tokens
+def logits_by_chunks(
+    E: Tensor, C: Tensor, bias: Tensor | None, scale: float, softcap: float | None, *, copies: int | None = None
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Some tokens at a time: their logits, which may be written to, and with a softcap its slope at each."""
+    """Some tokens at a time: their logits, which may be written to, and with a softcap its slope at each.
+
+    copies: of a chunk's logits that are held at a time; one, and with a softcap the slopes, unless the caller makes
+    more.
+    """
     n, V, dtype = len(E), len(C), compute_dtype(E)
-    rows = _chunk_rows(V, dtype, tokens)
+    rows = chunk_rows(V, dtype, copies or (1 if softcap is None else 2))
     buffer = torch.empty(min(rows, n), V, dtype=dtype, device=E.device)
     for start in range(0, n, rows):
         chunk = slice(start, min(start + rows, n))
@@ -334,13 +339,13 @@ def _logits(
             matmul(E[chunk], c.T, out=z[:, block])
         if bias is not None:
             z += bias
-        if tokens.scale != 1.0:
-            z *= tokens.scale
+        if scale != 1.0:
+            z *= scale
         slope = None
-        if tokens.softcap is not None:
-            z.div_(tokens.softcap).tanh_()
+        if softcap is not None:
+            z.div_(softcap).tanh_()
             slope = 1.0 - z * z
-            z *= tokens.softcap
+            z *= softcap
         yield chunk, z, slope
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from calsmooth.loss import fused
-from calsmooth.loss.chunked import CHUNK_BYTES, blocks, matmul
+from calsmooth.loss.chunked import logits_by_chunks
 from calsmooth.loss.functional import prepare
 from calsmooth.loss.problem import Problem, compute_dtype
 
@@ -78,22 +78,11 @@ def _fused(p: Problem) -> tuple[Tensor, ...]:
 
 def _chunked(p: Problem) -> tuple[Tensor, ...]:
     E, C = p.hidden_states, p.lm_head_weight
-    N, V, dtype = len(E), len(C), compute_dtype(E)
+    N, dtype = len(E), compute_dtype(E)
     z_target, lse, top_logprob, entropy = (torch.empty(N, dtype=dtype, device=E.device) for _ in range(4))
     top_token = torch.empty(N, dtype=torch.int64, device=E.device)
     targets = p.targets.long().masked_fill(p.targets == p.ignore_index, 0).unsqueeze(1)
-    rows = max(1, CHUNK_BYTES // (2 * V * dtype.itemsize))
-    buffer = torch.empty(min(rows, N), V, dtype=dtype, device=E.device)
-    for start in range(0, N, rows):
-        chunk = slice(start, min(start + rows, N))
-        z = buffer[: chunk.stop - start]
-        for block, c in blocks(C, dtype):
-            matmul(E[chunk], c.T, out=z[:, block])
-        if p.bias is not None:
-            z += p.bias
-        z *= p.scale
-        if p.softcap is not None:
-            z.div_(p.softcap).tanh_().mul_(p.softcap)
+    for chunk, z, _ in logits_by_chunks(E, C, p.bias, p.scale, p.softcap, copies=2):
         z_target[chunk] = z.gather(1, targets[chunk]).squeeze(1)
         top, top_token[chunk] = z.max(1)
         z -= top.unsqueeze(1)

@@ -204,7 +204,7 @@ def _chunked_parts(E: Tensor, C: Tensor, bias: Tensor | None, y: Tensor, shard: 
     dtype = compute_dtype(E)
     top, total, z_target, z_sum = (torch.empty(len(E), dtype=dtype, device=E.device) for _ in range(4))
     mine, local = shard.local_targets(y)
-    for chunk, z in _logits(E, C, bias, shard):
+    for chunk, z, _ in _logits(E, C, bias, shard):
         z_target[chunk] = 0.0
         if z.shape[1]:
             z_target[chunk] = z.gather(1, local[chunk].unsqueeze(1)).squeeze(1).masked_fill(~mine[chunk], 0.0)
@@ -239,7 +239,7 @@ def _chunked_gradients(
     )
     dbias = torch.zeros(len(C), dtype=dtype, device=E.device) if needed[2] else None
     mine, local = shard.local_targets(y)
-    for chunk, z in _logits(E, C, bias, shard):
+    for chunk, z, _ in _logits(E, C, bias, shard):
         w = weights[chunk].unsqueeze(1)
         slope = p.scale if softcap is None else p.scale * (1.0 - (z / softcap) ** 2)
         g = (z - lse[chunk].unsqueeze(1)).exp_().mul_(w * (1.0 + 2.0 * p.z_loss * lse[chunk].unsqueeze(1)))
@@ -257,16 +257,6 @@ def _chunked_gradients(
     return dE, None if dC is None else dC.to(C.dtype), dbias if bias is None or dbias is None else dbias.to(bias.dtype)
 
 
-def _logits(E: Tensor, C: Tensor, bias: Tensor | None, shard: _Shard) -> Iterator[tuple[slice, Tensor]]:
+def _logits(E: Tensor, C: Tensor, bias: Tensor | None, shard: _Shard) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """This shard's logits, some tokens at a time."""
-    p, dtype = shard.problem, compute_dtype(E)
-    rows = max(1, chunked.CHUNK_BYTES // (2 * max(len(C), 1) * dtype.itemsize))
-    for start in range(0, len(E), rows):
-        chunk = slice(start, start + rows)
-        z = E[chunk].to(dtype) @ C.to(dtype).T
-        if bias is not None:
-            z = z + bias.to(dtype)
-        z = z * p.scale
-        if p.softcap is not None:
-            z = p.softcap * torch.tanh(z / p.softcap)
-        yield chunk, z
+    return chunked.logits_by_chunks(E, C, bias, shard.problem.scale, shard.problem.softcap, copies=2)
