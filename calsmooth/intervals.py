@@ -22,6 +22,8 @@ Array = NDArray[np.float64]
 
 DRAWS = 2000
 """Of the normal distribution, common to all true errors that are tried."""
+LUCKIEST = 0.1
+"""Of samples with theta = 0: the upper end is at least that of one that shows less than all but this share."""
 FARTHEST = 6.0
 """Standard errors by which a bin's true gap may exceed the observed one."""
 
@@ -104,7 +106,8 @@ def absolute_sum(mean: Array, noise: Array, if_zero: Array | None = None, level:
     if_zero: draws of the observed sum where theta = 0, if they are known better than through the noise.
 
     Where the observed sum is small even for theta = 0, the level of the upper end's test is multiplied by the share of
-    samples with theta = 0 that show less (as CLs does, Read 2002), so that a lucky sample gives no empty interval.
+    samples with theta = 0 that show less (as CLs does, Read 2002), so that a lucky sample gives no empty interval. A
+    sum that hardly any such sample undercuts, 0 itself above all, counts for the upper end as one that few do.
     """
     observed = float(np.abs(mean).sum())
     errors = noise.std(axis=0)
@@ -112,23 +115,28 @@ def absolute_sum(mean: Array, noise: Array, if_zero: Array | None = None, level:
     p = p_value(observed, null)
     tail = (1 - level) / 2
 
+    # A gap of exactly 0 may be one of either sign.
+    signs = np.where(mean < 0, -1.0, 1.0)
+
     def true_gaps(t: float) -> Array:
-        return np.sign(mean) * np.maximum(np.abs(mean) - t * errors, 0.0)
+        return signs * np.maximum(np.abs(mean) - t * errors, 0.0)
 
     nothing_left = float((np.abs(mean) / np.maximum(errors, 1e-300)).max(initial=0.0, where=errors > 0))
 
-    def error_at(quantile: float) -> float:
-        """The theta of which `observed` is that quantile of what samples show."""
+    def error_at(quantile: float, seen: float = observed) -> float:
+        """The theta of which `seen` is that quantile of what samples show."""
 
         def shown(t: float) -> float:
             return float(np.quantile(np.abs(true_gaps(t) + noise).sum(axis=1), quantile))
 
-        t = _falling_root(lambda t: shown(t) - observed, -FARTHEST, nothing_left)
+        t = _falling_root(lambda t: shown(t) - seen, -FARTHEST, nothing_left)
         return float(np.abs(true_gaps(t)).sum())
 
     low = 0.0 if p > tail else error_at(1 - tail)
-    high = error_at(tail * float(np.mean(np.abs(noise).sum(axis=1) <= observed)))
-    corrected = error_at(0.5)
+    from_noise = np.abs(noise).sum(axis=1)
+    seen = max(observed, float(np.quantile(from_noise, LUCKIEST)))
+    high = error_at(tail * float(np.mean(from_noise <= seen)), seen)
+    corrected = 0.0 if p > 0.5 else error_at(0.5)
     return AbsoluteSum(
         observed=observed,
         corrected=min(max(corrected, low), max(high, low)),

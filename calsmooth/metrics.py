@@ -414,6 +414,8 @@ def infer_ece_difference(
     sums, counts = intervals.cluster_sums(columns, clusters)
     if len(sums) == 1:
         raise ValueError("one element, or one cluster, has no interval; expected two or more")
+    if np.array_equal(p, q) and np.array_equal(y, z):
+        return 0.0, 0.0, 0.0  # the same answers have one true error, whatever it is
     extra = np.concatenate([_extra_variance(p, bins), _extra_variance(q, bins)])
     together = intervals.mean_and_noise(sums, counts, extra, seed=seed)
     one = infer_ece(p, y, bins, level=level, seed=seed, clusters=clusters)

@@ -148,3 +148,28 @@ def test_coverage_of_every_pair(simulation):
         truth = simulation.true_ece(simulation.World(), second) - simulation.true_ece(simulation.World(), first)
         found = simulation.coverage(list(simulation.two_models(first, second, 500, 200)), truth)
         assert found["calsmooth"] >= 0.90, name
+
+
+@pytest.mark.parametrize(("n", "confidence"), [(100, 0.5), (20, 0.25)])
+def test_a_sample_that_shows_no_error_at_all_has_an_interval_like_its_neighbours(n: int, confidence: float) -> None:
+    """Exactly as many right as the confidence says, once to the last digit and once nearly."""
+    correct = np.zeros(n)
+    correct[: int(n * confidence)] = 1
+    none, little = (metrics.infer_ece(np.full(n, c), correct) for c in (confidence, confidence + 1e-3))
+    assert none.observed == 0
+    assert none.low == none.corrected == 0
+    assert none.high > none.if_zero
+    assert none.high == pytest.approx(little.high, rel=0.2)
+
+
+def test_nothing_is_left_of_an_error_that_half_of_all_calibrated_samples_exceed() -> None:
+    right = metrics.infer_ece(np.full(10, 0.93), np.ones(10))
+    assert right.p_value > 0.5
+    assert right.corrected == 0
+
+
+def test_the_same_answers_differ_by_exactly_0() -> None:
+    generator = np.random.default_rng(0)
+    confidence = generator.uniform(0.3, 0.9, 40)
+    correct = (generator.random(40) < confidence).astype(float)
+    assert metrics.infer_ece_difference((confidence, correct), (confidence, correct)) == (0.0, 0.0, 0.0)
