@@ -53,6 +53,8 @@ def task_folder(data_dir: Path, task: str) -> Path:
     Raises:
         UsageError: `data_dir` isn't a folder.
     """
+    if data_dir.is_file():
+        raise UsageError(f"--data-dir {data_dir}: is a file; give its folder, {data_dir.parent}")
     if not data_dir.is_dir():
         raise UsageError(f"--data-dir {data_dir}: no such folder; give one that holds the task's files")
     return data_dir / task if (data_dir / task).is_dir() else data_dir

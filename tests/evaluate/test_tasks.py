@@ -9,6 +9,7 @@ import pytest
 from calsmooth.data.readers import Row
 from calsmooth.errors import CalsmoothError, UsageError
 from calsmooth.evaluate.questions import Question, sample
+from calsmooth.evaluate.rows import task_folder
 from calsmooth.evaluate.tasks import CHOICE_TASKS, TASK_NAMES
 
 MMLU, HELLASWAG, ARC = (CHOICE_TASKS[name] for name in ("mmlu", "hellaswag", "arc_easy"))
@@ -552,3 +553,9 @@ def test_names():
         "demo",
         "responses",
     )
+
+
+def test_a_file_in_the_place_of_its_folder_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "test.tsv").write_text("")
+    with pytest.raises(UsageError, match="test.tsv: is a file; give its folder"):
+        task_folder(tmp_path / "test.tsv", "openbookqa")
