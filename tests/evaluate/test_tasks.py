@@ -557,5 +557,5 @@ def test_names():
 
 def test_a_file_in_the_place_of_its_folder_is_called_one(tmp_path: Path) -> None:
     (tmp_path / "test.tsv").write_text("")
-    with pytest.raises(UsageError, match="test.tsv: is a file; give its folder"):
+    with pytest.raises(UsageError, match=r"test\.tsv: is a file; give its folder"):
         task_folder(tmp_path / "test.tsv", "openbookqa")
